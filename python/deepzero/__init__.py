@@ -1,0 +1,1 @@
+"""Zeroth-order training of neural networks from function values alone."""

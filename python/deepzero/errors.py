@@ -1,0 +1,47 @@
+"""The exception family of deepzero.
+
+Every error says what was being done, what was expected, what came, and what to do about it. Each class also
+derives from the built-in exception that a caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class DeepZeroError(Exception):
+    """Base class of every error that deepzero raises on purpose."""
+
+
+class MaskError(DeepZeroError, ValueError):
+    """A mask does not fit the model: unknown names, wrong shapes or dtypes, frozen parameters, nothing selected."""
+
+
+class ObjectiveError(DeepZeroError, ValueError):
+    """The objective did not return one finite real number, or changed between two calls with the same input."""
+
+
+class StepError(DeepZeroError, ValueError):
+    """A finite-difference step is unusable: not positive, not finite, or lost where a weight has to be written."""
+
+
+class CaptureError(DeepZeroError, RuntimeError):
+    """The model and objective could not be turned into a graph, or the graph no longer describes them."""
+
+
+class NoRuleError(DeepZeroError, RuntimeError):
+    """An operator has no difference rule and ``strict`` forbids the slow exact fallback."""
+
+
+class BudgetError(DeepZeroError, RuntimeError):
+    """The next estimate would exceed the query budget; it was not started."""
+
+
+class DataError(DeepZeroError, ValueError):
+    """A data set is missing, truncated, or not in its standard file format."""
+
+
+class CheckpointError(DeepZeroError, RuntimeError):
+    """A checkpoint is missing, corrupted, from a newer version, or belongs to another run."""
+
+
+class ConfigError(DeepZeroError, ValueError):
+    """A configuration key is unknown or has an unusable value."""
