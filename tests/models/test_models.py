@@ -1,0 +1,88 @@
+"""Parameter counts of the literature, shapes, and the registry's errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepzero.errors import ConfigError
+from deepzero.models import MODELS, build, mlp, paper_cnn, vit
+from torch.nn import functional as F
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("depth", "count"), [(1, 730), (2, 3700), (3, 6670), (4, 9640), (5, 12610)])
+def test_the_papers_cnn_has_the_papers_sizes(depth, count):
+    assert parameters(paper_cnn(depth=depth)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("resnet20", 269722), ("resnet32", 464154), ("resnet44", 658586), ("resnet56", 853018), ("resnet110", 1727962)],
+)
+def test_residual_networks_have_the_sizes_of_the_literature(name, count):
+    model = MODELS[name]()
+    assert parameters(model) == count
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_option_a_shortcut_subsamples_and_pads_channels():
+    block = MODELS["resnet20"]().layer2[0].eval()
+    x = torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        block.bn2.weight.zero_()
+        out = block(x)
+    assert torch.equal(out[:, 8:24], F.relu(x[:, :, ::2, ::2]))
+    assert not out[:, :8].any() and not out[:, 24:].any()
+
+
+def test_residual_weights_start_from_kaiming_normal():
+    torch.manual_seed(0)
+    weight = MODELS["resnet20"]().layer3[2].conv2.weight.detach()
+    assert float(weight.std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+
+
+def test_mlp_and_vit_sizes():
+    assert parameters(mlp(1, 8, 10, hidden=(32,))) == 64 * 32 + 32 + 32 * 10 + 10
+    model = vit()
+    assert model.position.shape == (1, 64, 96)
+    assert len(model.blocks) == 6
+    block = 4 * 96 + (96 * 288 + 288) + (96 * 96 + 96) + (96 * 384 + 384) + (384 * 96 + 96)
+    assert parameters(model) == 48 * 96 + 96 + 64 * 96 + 6 * block + 2 * 96 + 970
+
+
+def test_plain_attention_equals_the_fused_one():
+    torch.manual_seed(0)
+    block = vit().blocks[0].double()
+    x = torch.randn(2, 5, 96, dtype=torch.double)
+    q, k, v = block.qkv(block.norm1(x)).chunk(3, -1)
+    split = lambda t: t.view(2, 5, 3, 32).transpose(1, 2)
+    y = x + block.project(
+        F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).reshape(2, 5, 96)
+    )
+    torch.testing.assert_close(block(x), y + block.down(F.gelu(block.up(block.norm2(y)))))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_registered_model_builds_and_runs_on_grey_images(name):
+    model = build(name, in_channels=1, image_size=28, num_classes=7)
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
+
+
+def test_registry_errors_name_the_nearest_choice():
+    shape = {"in_channels": 1, "image_size": 8, "num_classes": 10}
+    with pytest.raises(
+        ConfigError, match=r"model.name = 'resnet2' is unknown. Did you mean 'resnet20'\? Known: paper-cnn, "
+    ):
+        build("resnet2", **shape)
+    with pytest.raises(
+        ConfigError, match=r"model.options.dept is not .* paper-cnn. Did you mean 'depth'\? Options: depth, width"
+    ):
+        build("paper-cnn", **shape, dept=2)
+    with pytest.raises(ConfigError, match=r"model.options.depth is not an option of resnet20. Options: none"):
+        build("resnet20", **shape, depth=2)
+    with pytest.raises(ValueError, match=r"image_size must be a multiple of patch .* image_size=30, patch=4"):
+        vit(image_size=30)
