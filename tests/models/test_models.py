@@ -75,9 +75,9 @@ def test_every_registered_model_builds_and_runs_on_grey_images(name):
 def test_registry_errors_name_the_nearest_choice():
     shape = {"in_channels": 1, "image_size": 8, "num_classes": 10}
     with pytest.raises(
-        ConfigError, match=r"model.name = 'resnet2' is unknown. Did you mean 'resnet20'\? Known: paper-cnn, "
+        ConfigError, match=r"model.name = 'resnt20' is unknown. Did you mean 'resnet20'\? Known: paper-cnn, "
     ):
-        build("resnet2", **shape)
+        build("resnt20", **shape)
     with pytest.raises(
         ConfigError, match=r"model.options.dept is not .* paper-cnn. Did you mean 'depth'\? Options: depth, width"
     ):

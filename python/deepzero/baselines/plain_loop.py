@@ -107,8 +107,8 @@ class PlainLoop(Estimator):
         realised = float(parameter[index]) - weight
         if realised == 0.0:
             raise StepError(
-                f"the step {step:g} vanishes when added to {name}{list(index)} = {weight:g} in {parameter.dtype}. Use a "
-                "larger mu, or keep the weights in a wider dtype."
+                f"the step {step:g} vanishes when added to {name}{list(index)} = {weight:g} in {parameter.dtype}. Use "
+                "a larger mu, or keep the weights in a wider dtype."
             )
         loss = transaction.call(
             lambda: loss_value(self.objective(self.model, batch), f"with {name}{list(index)} moved by {step:g}")

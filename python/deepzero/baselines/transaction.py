@@ -1,4 +1,5 @@
-"""All or nothing: whatever happens inside a transaction, weights, buffers and random state end as one of two snapshots."""
+"""All or nothing: whatever happens inside a transaction, weights, buffers and random state end as one of "
+"two snapshots."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import random
 import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Transaction:
         self._previous: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._moved: tuple[Tensor, Any, Tensor] | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Transaction:
         self._hold()
         try:
             self.start = Snapshot(self._model)

@@ -40,7 +40,8 @@ def build(name: str, *, in_channels: int, image_size: int, num_classes: int, **o
         if key not in accepted or key in shape:
             free = [k for k in accepted if k not in shape]
             raise ConfigError(
-                f"model.options.{key} is not an option of {name}.{_near(key, free)} Options: {', '.join(free) or 'none'}."
+                f"model.options.{key} is not an option of {name}.{_near(key, free)} Options: "
+                f"{', '.join(free) or 'none'}."
             )
     return MODELS[name](**{k: v for k, v in shape.items() if k in accepted}, **options)
 
