@@ -74,7 +74,10 @@ def test_plain_loop_is_the_quotient_written_out(scheme):
 
 def test_central_differences_of_a_square_equal_the_gradient():
     model = nn.Linear(2, 1).double()
-    objective = lambda m, b: m(b).pow(2).mean()
+
+    def objective(m, b):
+        return m(b).pow(2).mean()
+
     x = torch.randn(4, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     ours, exact = (
         PlainLoop(model, objective, mu=0.1, scheme="central").estimate(x),
@@ -167,13 +170,17 @@ def test_an_interrupt_while_weights_are_written_waits_and_then_strikes():
 
     model = network()
     before = everything(model)
-    with pytest.raises(KeyboardInterrupt), Transaction(model) as transaction:
-        os.kill(os.getpid(), signal.SIGINT)
-        with torch.no_grad():
+
+    def interrupted():
+        with Transaction(model) as transaction, torch.no_grad():
+            os.kill(os.getpid(), signal.SIGINT)
             transaction.move(model[0].weight, (0, 0, 0, 0), torch.tensor(7.0))
-        assert model[0].weight[0, 0, 0, 0].item() == 7.0
-        transaction.settle()
-        pytest.fail("the interrupt was lost")
+            assert model[0].weight[0, 0, 0, 0] == 7.0
+            transaction.settle()
+            pytest.fail("the interrupt was lost")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert everything(model) == before
 
 
@@ -196,9 +203,8 @@ def test_masked_entries_are_exactly_zero_and_the_rest_is_unchanged(make):
 
 def test_backward_adds_to_existing_gradients():
     model, data = nn.Linear(2, 1), torch.ones(1, 2)
-    objective = lambda m, b: m(b).sum()
     for _ in range(2):
-        Backprop(model, objective).backward(data)
+        Backprop(model, lambda m, b: m(b).sum()).backward(data)
     assert torch.equal(model.weight.grad, torch.full((1, 2), 2.0))
 
 

@@ -36,7 +36,8 @@ def test_option_a_shortcut_subsamples_and_pads_channels():
         block.bn2.weight.zero_()
         out = block(x)
     assert torch.equal(out[:, 8:24], F.relu(x[:, :, ::2, ::2]))
-    assert not out[:, :8].any() and not out[:, 24:].any()
+    assert not out[:, :8].any()
+    assert not out[:, 24:].any()
 
 
 def test_residual_weights_start_from_kaiming_normal():
@@ -59,7 +60,10 @@ def test_plain_attention_equals_the_fused_one():
     block = vit().blocks[0].double()
     x = torch.randn(2, 5, 96, dtype=torch.double)
     q, k, v = block.qkv(block.norm1(x)).chunk(3, -1)
-    split = lambda t: t.view(2, 5, 3, 32).transpose(1, 2)
+
+    def split(t):
+        return t.view(2, 5, 3, 32).transpose(1, 2)
+
     y = x + block.project(
         F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).reshape(2, 5, 96)
     )

@@ -1,5 +1,4 @@
-"""All or nothing: whatever happens inside a transaction, weights, buffers and random state end as one of "
-"two snapshots."""
+"""All or nothing: weights, buffers and random state end as one of two snapshots, whatever happens in between."""
 
 from __future__ import annotations
 
