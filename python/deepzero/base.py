@@ -1,0 +1,124 @@
+"""The base pass: one forward through the captured graph in float64, whose values every query shares.
+
+It runs once a step, the queries thousands of times, so it can afford float64. Queries read its values rounded to
+float32, in which the sign at a kink and the size of a small value survive.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from .capture import Graph
+
+aten = torch.ops.aten
+
+
+_HALF_TO_FLOAT = (aten._softmax.default, aten._log_softmax.default)
+
+
+def promote(value: Any) -> Any:
+    """Floating tensors and dtypes become float64; everything else stays."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value
+
+
+def is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def traced_dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype that the model itself gives this value."""
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _draw(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Run a random op in the model's own dtype, so that it draws the numbers an ordinary forward would draw."""
+
+    def own(n: fx.Node) -> Any:
+        value, dtype = values[n], traced_dtype(n)
+        return value.to(dtype) if isinstance(value, Tensor) and dtype is not None else value
+
+    args, kwargs = fx.map_arg(node.args, own), fx.map_arg(node.kwargs, own)
+    if node.target is aten.native_dropout.default:
+        x, p, train = node.args[0], args[1], args[2] if len(args) > 2 else True
+        _, keep = aten.native_dropout.default(torch.ones_like(args[0]), p, train)
+        exact = values[x]  # type: ignore[index]
+        scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
+        return (exact * keep * scale if train else exact), keep
+    return pytree.tree_map(promote, node.target(*args, **kwargs))  # type: ignore[operator]
+
+
+def interpret(graph: Graph, inputs: Mapping[fx.Node, Any], *, exact: bool) -> dict[fx.Node, Any]:
+    """The value of every node. ``exact`` promotes all floating arithmetic to float64; else the model's own dtypes."""
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                value = inputs.get(node)
+                values[node] = pytree.tree_map(promote, value) if exact else value
+            elif node.op == "call_function":
+                if exact and is_random(node):
+                    values[node] = _draw(node, values)
+                    continue
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                if exact and node.target is not operator.getitem:
+                    args, kwargs = pytree.tree_map(promote, (args, kwargs))
+                    if node.target in _HALF_TO_FLOAT:
+                        args = (*args[:2], False)  # the input is float64 already
+                values[node] = node.target(*args, **kwargs)
+    return values
+
+
+class Base:
+    """Values of the base pass, by node, in float64 (:meth:`exact`) and in the query dtype (:meth:`low`)."""
+
+    def __init__(self, graph: Graph, values: dict[fx.Node, Any], dtype: torch.dtype) -> None:
+        self.graph = graph
+        self.dtype = dtype
+        self._exact = values
+        self._low: dict[fx.Node, Tensor] = {}
+        self._saved: dict[tuple[fx.Node, str], Any] = {}
+
+    @property
+    def loss(self) -> float:
+        return float(self._exact[self.graph.loss])
+
+    def exact(self, arg: Any) -> Any:
+        """The stored value of a node, as the base pass left it; anything else is returned as it is."""
+        return self._exact[arg] if isinstance(arg, fx.Node) else arg
+
+    def low(self, arg: Any) -> Any:
+        """The value of a node in the query dtype, whatever its own dtype; a number is returned as it is."""
+        if not isinstance(arg, fx.Node):
+            return arg
+        if arg not in self._low:
+            self._low[arg] = rounded(self._exact[arg], self.dtype)
+        return self._low[arg]
+
+    def saved(self, node: fx.Node, name: str, make: Callable[[], Any]) -> Any:
+        """A quantity derived from base values, made in float64 once a step and shared by every block."""
+        key = (node, name)
+        if key not in self._saved:
+            self._saved[key] = make()
+        return self._saved[key]
+
+
+def rounded(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor in the query dtype; images become channels-last, where convolutions of differences are fastest."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(dtype)
+    if value.dim() == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value.contiguous()

@@ -1,0 +1,120 @@
+"""Opaque functions inside a model or an objective: simulators, remote classifiers, anything that only returns numbers."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from .carriers import Carrier, Dense, Zero, dense
+from .errors import ObjectiveError
+from .rules.table import rule
+
+if TYPE_CHECKING:
+    from .run import Block
+
+_boxes: weakref.WeakValueDictionary[int, BlackBox] = weakref.WeakValueDictionary()
+_handles = itertools.count()
+
+_library = torch.library.Library("deepzero", "DEF")
+_library.define("blackbox(int handle, Tensor[] inputs) -> Tensor")
+
+
+class BlackBox:
+    """A callable of tensors that a captured graph may contain as one opaque node. Made by :func:`blackbox`.
+
+    calls  times the wrapped function was called
+    rows   rows it was given in all (with ``batched``; otherwise equal to ``calls``)
+    """
+
+    def __init__(self, function: Callable[..., Any], *, batched: bool, dtype: torch.dtype) -> None:
+        self.function = function
+        self.batched = batched
+        self.dtype = dtype
+        self.calls = 0
+        self.rows = 0
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self._seen: dict[Any, tuple[torch.Size, bool]] = {}
+        self._handle = next(_handles)
+        _boxes[self._handle] = self
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return torch.ops.deepzero.blackbox(self._handle, list(inputs))  # type: ignore[no-any-return]
+
+    def evaluate(self, inputs: list[Tensor]) -> Tensor:
+        """One call of the wrapped function, in the dtype it asked for; the result in float64."""
+        given = [t.detach().to(self.dtype) if t.is_floating_point() else t.detach() for t in inputs]
+        out = torch.as_tensor(self.function(*given), device=inputs[0].device).detach()
+        self.calls += 1
+        self.rows += len(inputs[0]) if self.batched and inputs[0].dim() else 1
+        if self.batched and (out.dim() == 0 or len(out) != len(inputs[0])):
+            raise ObjectiveError(
+                f"black box {self.__name__!r} was given {len(inputs[0])} rows and returned shape {list(out.shape)}. "
+                "With batched=True it must return one row per input row; pass batched=False if rows depend on each "
+                "other."
+            )
+        return out.double()
+
+
+@torch.library.impl(_library, "blackbox", "CompositeExplicitAutograd")
+def _call(handle: int, inputs: list[Tensor]) -> Tensor:
+    box = _boxes[handle]
+    out = box.evaluate(inputs)
+    box._seen[tuple(tuple(t.shape) for t in inputs)] = (out.shape, True)
+    kind = inputs[0].dtype if inputs[0].is_floating_point() else torch.get_default_dtype()
+    return out.to(kind)
+
+
+@torch.library.register_fake("deepzero::blackbox", lib=_library)
+def _fake(handle: int, inputs: list[Tensor]) -> Tensor:
+    shapes = tuple(tuple(int(s) for s in t.shape) for t in inputs)
+    shape, _ = _boxes[handle]._seen[shapes]  # the eager call of the same step has been here
+    kind = inputs[0].dtype if inputs[0].is_floating_point() else torch.get_default_dtype()
+    return inputs[0].new_empty(shape, dtype=kind)
+
+
+@rule(torch.ops.deepzero.blackbox.default)
+def _rule(run: Block, node: fx.Node) -> Carrier:
+    """f(x + dx) - f(x) in float64; all perturbations as one call when rows are independent."""
+    box, args = _boxes[node.args[0]], node.args[1]  # type: ignore[index]
+    before = run.exact(node).double()
+    if box.batched:
+        rows = []
+        for arg in args:  # type: ignore[union-attr]
+            base, d = run.exact(arg), run.d(arg)
+            if d is Zero:
+                moved = base.unsqueeze(0).expand(run.count, *base.shape)
+            else:
+                moved = base.double() + dense(d).double()
+            rows.append(moved.flatten(0, 1))
+        after = box.evaluate(rows).unflatten(0, (run.count, -1))
+    else:
+        after = torch.stack(
+            [box.evaluate([run.moved(arg, p) for arg in args]) for p in range(run.count)]  # type: ignore[union-attr]
+        )
+    return Dense((after - before).to(run.dtype))
+
+
+def blackbox(
+    function: Callable[..., Any] | None = None, *, batched: bool = False, dtype: torch.dtype = torch.float64
+) -> Any:
+    """Wrap any Python callable for use inside a model or an objective. Also a decorator.
+
+    function(*tensors)  receives detached tensors and returns one tensor, array or number. It must be deterministic
+                        and must not modify its inputs
+    batched             True promises that rows are independent: a stack of rows in, the stack of results out. All
+                        perturbations of a block are then handed over as one call; otherwise one call each
+    dtype               floating inputs are converted to it. float64 keeps differences exact; a box that computes in
+                        float32 limits exactness by itself, so give it a larger mu
+
+    A query evaluates it at base + difference and subtracts its value at the base.
+    """
+    if function is None:
+        return lambda f: BlackBox(f, batched=batched, dtype=dtype)
+    if not callable(function):
+        raise TypeError(f"blackbox expects a callable, got {type(function).__name__}")
+    return BlackBox(function, batched=batched, dtype=dtype)

@@ -1,0 +1,290 @@
+"""From a batch to loss differences: base loss, captured graph, float64 base pass, blocks.
+
+Everything here is transactional. The model is only ever read; its buffers are cloned before the one ordinary forward
+call and the clones handed back, so that an exception or Ctrl-C at any point leaves nothing to undo.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .base import Base, interpret
+from .capture import Bound, Cache, Graph, check_loss
+from .carriers import Carrier
+from .errors import CaptureError, MaskError, ObjectiveError, StepError
+from .estimators.base import Mask, Objective
+from .plan import Route, reach, route
+from .run import run_block
+from .state import cloned_buffers, random_state, random_state_kept, set_random_state
+
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.float32, torch.bfloat16),
+    "float64": (torch.float64, torch.float64),
+}
+"""precision -> dtype of differences, dtype of the operands of convolutions and matrix products."""
+
+
+@dataclass
+class Prepared:
+    """One batch, ready for queries.
+
+    loss      of the ordinary forward call
+    base      the float64 base pass; None when the model runs whole as a black box
+    whole     evaluates the objective at moved parameters, for a model that cannot be captured
+    reason    why it cannot, or ""
+    buffers   what the ordinary forward call left in the buffers
+    random    what it left in the random generators
+    capture_seconds  spent tracing, 0 when the graph was known
+    """
+
+    loss: float
+    base: Base | None
+    whole: Whole | None
+    reason: str
+    buffers: dict[str, Tensor]
+    random: tuple[Any, ...]
+    capture_seconds: float
+
+
+class Engine:
+    """Evaluates loss differences of one model and objective."""
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, *, precision: str, strict: bool, block: int | None
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+        if block is not None and (not isinstance(block, int) or block < 1):
+            raise ValueError(f"block must be a positive number of perturbations or None, got {block!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not callable(objective):
+            raise TypeError(f"objective must be callable as objective(model, batch), got {type(objective).__name__}")
+        self.model = model
+        self.objective = objective
+        self.precision = precision
+        self.dtype, self.operands = PRECISIONS[precision]
+        self.strict = strict
+        self.block = block
+        self._cache = Cache()
+        self._routes: dict[tuple[int, str], Route] = {}
+        self._warned: set[str] = set()
+
+    # --- the start of every estimate
+
+    @contextmanager
+    def prepared(self, batch: Any) -> Iterator[Prepared]:
+        """Run the base loss and the base pass; the global random state is back as it was on exit."""
+        with random_state_kept() as start:
+            bound = Bound(self.model, self.objective, batch)
+            buffers = cloned_buffers(self.model)
+            with torch.no_grad():
+                named = {f"model.{name}": value for name, value in buffers.items()}
+                result = torch.func.functional_call(bound, named, tuple(bound.tensors))
+            loss = check_loss(result)
+            after = random_state()
+            moved = {name.removeprefix("model."): value for name, value in named.items()}
+            began = time.perf_counter()
+            known = bound in self._cache
+            graph, reason = self._cache.get(bound)
+            if graph is None:
+                whole = self._run_whole(bound, start, reason)
+                yield Prepared(loss, None, whole, reason, moved, after, 0.0)
+                return
+            base = self._base_pass(bound, graph, loss, start)
+            seconds = 0.0 if known else time.perf_counter() - began
+            yield Prepared(loss, base, None, "", moved, after, seconds)
+
+    def _inputs(self, bound: Bound, graph: Graph) -> dict[fx.Node, Any]:
+        parameters, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        inputs: dict[fx.Node, Any] = {n: parameters[name].detach() for n, name in graph.parameters.items()}
+        inputs |= {n: buffers[name] for n, name in graph.buffers.items()}
+        inputs |= graph.constants
+        inputs |= dict(zip(graph.batch, bound.tensors, strict=True))
+        return inputs
+
+    def _base_pass(self, bound: Bound, graph: Graph, loss: float, start: tuple[Any, ...]) -> Base:
+        """The float64 base pass, checked against the ordinary forward call; one recapture when they disagree."""
+        for attempt in range(2):
+            set_random_state(start)
+            values = interpret(graph, self._inputs(bound, graph), exact=True)
+            base = Base(graph, values, self.dtype)
+            tolerance = 64 * torch.finfo(_loss_dtype(graph)).eps * max(1.0, abs(loss))
+            if abs(base.loss - loss) <= tolerance:
+                return base
+            # a network with thresholds may truly differ in float64: ask the graph in the model's own precision
+            set_random_state(start)
+            again = float(interpret(graph, self._inputs(bound, graph), exact=False)[graph.loss])
+            if abs(again - loss) <= tolerance:
+                return base
+            if attempt == 0:
+                fresh, reason = self._cache.get(bound, fresh=True)
+                if fresh is None:
+                    raise CaptureError(f"the model could be captured before and cannot be now: {reason}")
+                graph = fresh
+        raise ObjectiveError(
+            f"the captured graph gives a loss of {again:.9g} and the objective itself {loss:.9g} with the same batch, "
+            "weights and random state. An estimate would describe another function. Something in the model or the "
+            "objective changes from call to call (a Python counter, a global, a generator of its own, in-place edits "
+            "of a closed-over tensor): pass it in through the batch, or make it a buffer."
+        )
+
+    def _run_whole(self, bound: Bound, start: tuple[Any, ...], reason: str) -> Whole:
+        if self.strict:
+            raise CaptureError(f"strict=True, and the model cannot be captured: {reason}")
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"the model cannot be captured as a graph and runs whole, one full forward pass a query: {reason}",
+                stacklevel=5,
+            )
+        return Whole(bound, start)
+
+    # --- coordinates
+
+    def selected(self, mask: Mask | None) -> dict[str, Tensor]:
+        """Parameter name -> [n, rank] int64 coordinates in order. Raises :class:`MaskError` before any work."""
+        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if mask is None:
+            chosen = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in trainable.items()}
+        else:
+            chosen = dict(mask)
+            every = dict(self.model.named_parameters(remove_duplicate=False))
+            for name, m in chosen.items():
+                if name not in every:
+                    raise MaskError(
+                        f"mask names {name!r}, which is no parameter of the model. Parameters are: "
+                        f"{_some(sorted(trainable))}."
+                    )
+                if name not in trainable:
+                    twin = next((n for n, p in trainable.items() if p is every[name]), None)
+                    hint = (
+                        f"it is the same tensor as {twin!r}: mask that name"
+                        if twin
+                        else "it does not require grad: call .requires_grad_(True) on it or leave it out"
+                    )
+                    raise MaskError(f"mask names {name!r}, which cannot be estimated: {hint}.")
+                if not isinstance(m, Tensor) or m.dtype is not torch.bool:
+                    got = m.dtype if isinstance(m, Tensor) else type(m).__name__
+                    raise MaskError(f"mask[{name!r}] must be a bool tensor, got {got}. Convert it with .bool().")
+                if m.shape != trainable[name].shape:
+                    raise MaskError(
+                        f"mask[{name!r}] must have the parameter's shape {list(trainable[name].shape)}, "
+                        f"got {list(m.shape)}."
+                    )
+        out = {}
+        for name, p in trainable.items():
+            if name in chosen:
+                where = chosen[name].to(p.device).nonzero()
+                if len(where):
+                    out[name] = where
+        if not out:
+            raise MaskError(
+                "the mask selects no coordinate: no query would be made and the gradient would be zero. "
+                "Select at least one, or pass mask=None for every parameter."
+                if mask is not None
+                else "the model has no parameter that requires grad, so there is nothing to estimate."
+            )
+        return out
+
+    def route(self, graph: Graph, name: str) -> Route:
+        key = (id(graph), name)
+        if key not in self._routes:
+            if len(self._routes) > 10_000:
+                self._routes.clear()
+            parameter = self.model.get_parameter(name)
+            self._routes[key] = route(graph, name, parameter, self.block, None)
+        return self._routes[key]
+
+    # --- queries
+
+    def run(
+        self, base: Base, suffix: Sequence[fx.Node], moved: Mapping[str, Carrier], count: int, observe: Any = None
+    ) -> Tensor:
+        """Loss differences [P] float64 when the named parameters move as given."""
+        seeds = {node: c for name, c in moved.items() for node in base.graph.placeholders(name)}
+        return run_block(
+            base, suffix, seeds, count, operands=self.operands, strict=self.strict, observe=observe
+        )
+
+    def suffix(self, graph: Graph, names: Sequence[str]) -> tuple[fx.Node, ...]:
+        return reach(graph, names)
+
+
+def _loss_dtype(graph: Graph) -> torch.dtype:
+    """The least precise floating dtype that the model itself computes in."""
+    dtypes = {
+        value.dtype
+        for node in graph.graph.nodes
+        if isinstance(value := node.meta.get("val"), Tensor) and value.is_floating_point()
+    }
+    return max(dtypes or {torch.float32}, key=lambda d: torch.finfo(d).eps)
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+
+
+class Whole:
+    """The objective as one opaque function of the parameters, for a model that cannot be captured.
+
+    It runs in float64 where the module allows it. Where it does not, a moved weight has to be written in the
+    weight's own dtype, and the realised step fl(w + h) - w becomes the divisor.
+    """
+
+    def __init__(self, bound: Bound, start: tuple[Any, ...]) -> None:
+        self.bound = bound
+        self.start = start
+        self.double = True
+        try:
+            self.loss = self.evaluate({})
+        except (RuntimeError, TypeError, ValueError):
+            self.double = False
+            self.loss = self.evaluate({})
+
+    def _cast(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        return value.double() if self.double and value.is_floating_point() else value.clone()
+
+    def evaluate(self, moved: Mapping[str, Tensor]) -> float:
+        """The loss with some parameters replaced, from the same random state and buffers every time."""
+        set_random_state(self.start)
+        model = self.bound.model
+        values = {f"model.{name}": self._cast(b) for name, b in model.named_buffers()}
+        for name, p in model.named_parameters():
+            values[f"model.{name}"] = moved.get(name, self._cast(p) if self.double else p.detach())
+        tensors = tuple(self._cast(t) for t in self.bound.tensors)
+        with torch.no_grad():
+            return float(torch.func.functional_call(self.bound, values, tensors))
+
+    def move(self, name: str, where: Tensor, step: float) -> tuple[Tensor, float]:
+        """The parameter with one entry moved, and the step that was realised."""
+        value = self._cast(self.bound.model.get_parameter(name))
+        at = tuple(where.tolist())
+        before = float(value[at])
+        value[at] += step
+        return value, float(value[at]) - before
+
+    def check_step(self, name: str, where: Tensor, step: float) -> None:
+        """Raise :class:`StepError` when the step is lost in the parameter's dtype at any of the coordinates."""
+        if self.double:
+            return
+        parameter = self.bound.model.get_parameter(name).detach()
+        values = parameter[tuple(where.unbind(1))] if where.shape[1] else parameter.reshape(1)
+        lost = int(((values + step) == values).sum())
+        if lost:
+            raise StepError(
+                f"step {step:g} vanishes on {lost:,} of {len(values):,} selected weights of {name!r} "
+                f"({parameter.dtype}), which have to be written because the model runs whole. Use a larger mu, or "
+                "keep the weights in float32."
+            )

@@ -1,0 +1,286 @@
+"""Linear layers, convolutions and matrix products: bilinear in input and weight, both of which may move.
+
+    (a + da)(w + dw) - a w = da w + (a + da) dw
+
+A coordinate of the weight touches one output channel, and a difference in one input channel needs one column of the
+weight: neither is ever a full product.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from .. import carriers
+from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel, select, without
+from .table import aten, rule
+
+if TYPE_CHECKING:
+    from ..run import Block
+
+
+def _moved(run: Block, arg: Any, d: Any) -> Tensor:
+    """Base + difference, [P or 1, *shape], in the query dtype."""
+    base = run.low(arg).unsqueeze(0)
+    return base if d is Zero else base + dense(d)
+
+
+# --- x @ w, with w [K, M] shared by all samples; linear is the same with w [M, K]
+
+
+@rule(aten.linear.default)
+def linear(run: Block, node: fx.Node) -> Carrier:
+    x, w, *bias = node.args
+    out = _shared_product(run, node, x, w, transposed=True)
+    return carriers.add(out, _bias(run, node, bias[0], -1)) if bias and bias[0] is not None else out
+
+
+@rule(aten.mm.default)
+def mm(run: Block, node: fx.Node) -> Carrier:
+    return _shared_product(run, node, node.args[0], node.args[1], transposed=False)
+
+
+@rule(aten.addmm.default)
+def addmm(run: Block, node: fx.Node) -> Carrier:
+    bias, x, w = node.args[:3]
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    if (alpha, beta) != (1, 1):
+        return run.fallback(node)  # type: ignore[no-any-return]
+    out = _shared_product(run, node, x, w, transposed=False)
+    return carriers.add(out, _spread(run.d(bias), tuple(run.exact(node).shape)))
+
+
+@rule(aten.mv.default)
+def mv(run: Block, node: fx.Node) -> Carrier:
+    a, v = node.args
+    da, dv = run.d(a), run.d(v)
+    total: Carrier = Zero
+    if da is not Zero:
+        total = Dense(dense(da) @ run.low(v))
+    if dv is not Zero:
+        total = carriers.add(total, Dense((_moved(run, a, da) @ dense(dv).unsqueeze(-1)).squeeze(-1)))
+    return total
+
+
+def _shared_product(run: Block, node: fx.Node, x: Any, w: Any, *, transposed: bool) -> Carrier:
+    """The difference of x @ w (or x @ w^T): x [..., K], w [K, M] or [M, K] -> [..., M]."""
+    shape = tuple(run.exact(node).shape)
+    dx, dw = run.d(x), run.d(w)
+    total: Carrier = Zero
+    if dx is not Zero:
+        weight = run.low(w)
+        weight = weight if transposed else weight.t()  # [M, K] from here on
+        last = len(shape) - 1
+        if isinstance(dx, OneEntry):
+            dx = one_channel(dx, last)
+        if isinstance(dx, OneChannel) and dx.dim == last:
+            column = weight.index_select(1, dx.channel).t()  # [P, M]
+            column = column.reshape(len(column), *[1] * last, -1)
+            total = Dense(dx.values.unsqueeze(-1) * column)
+        else:
+            total = Dense(run.product(F.linear, dense(dx), weight))
+    if dw is not Zero:
+        total = carriers.add(total, _weight_moves(run, x, dx, dw, shape, transposed))
+    return total
+
+
+def _weight_moves(run: Block, x: Any, dx: Any, dw: Any, shape: tuple[int, ...], transposed: bool) -> Carrier:
+    """(x + dx) @ dw."""
+    if isinstance(dw, OneEntry):
+        k, m = (1, 0) if transposed else (0, 1)
+        last = len(shape) - 1
+        if dx is Zero:
+            column = select(run.low(x), last, dw.index[:, k])  # [P, ...]
+        else:
+            moved = _moved(run, x, dx)
+            rows = torch.arange(len(moved), device=moved.device)
+            column = moved.movedim(-1, 1)[rows, dw.index[:, k]]
+        step = dw.step.reshape(-1, *[1] * last)
+        return OneChannel(shape, last, dw.index[:, m], column * step)
+    weight = dense(dw)  # [P, K, M] or [P, M, K]
+    weight = weight.transpose(1, 2) if transposed else weight
+    moved = _moved(run, x, dx)
+    if len(moved) == 1:  # one input for all perturbations: a single product with the weights side by side
+        p, k, m = weight.shape
+        flat = run.product(torch.matmul, moved[0], weight.permute(1, 0, 2).reshape(k, p * m))
+        return Dense(flat.reshape(*shape[:-1], p, m).movedim(-2, 0))
+    rows = moved.reshape(len(moved), -1, moved.shape[-1])
+    return Dense(run.product(torch.bmm, rows, weight).reshape(len(weight), *shape))
+
+
+def _bias(run: Block, node: fx.Node, bias: Any, dim: int) -> Carrier:
+    """A vector added along ``dim``."""
+    d = run.d(bias)
+    shape = tuple(run.exact(node).shape)
+    dim %= len(shape)
+    if d is Zero:
+        return Zero
+    if isinstance(d, OneEntry):
+        rest = without(shape, dim)
+        return OneChannel(shape, dim, d.index[:, 0], d.step.reshape(-1, *[1] * len(rest)).expand(-1, *rest))
+    values = dense(d)
+    view = [len(values), *[1] * len(shape)]
+    view[dim + 1] = values.shape[1]
+    return Dense(values.reshape(view).expand(-1, *shape))
+
+
+def _spread(d: Any, shape: tuple[int, ...]) -> Carrier:
+    """A difference broadcast to ``shape`` from the right."""
+    if d is Zero:
+        return Zero
+    values = dense(d)
+    lead = len(shape) - (values.dim() - 1)
+    return Dense(values.reshape(len(values), *[1] * lead, *values.shape[1:]).expand(-1, *shape))
+
+
+# --- batched products: both sides are activations
+
+
+@rule(aten.bmm.default, aten.matmul.default)
+def bmm(run: Block, node: fx.Node) -> Carrier:
+    a, b = node.args
+    da, db = run.d(a), run.d(b)
+    total: Tensor | None = None
+    if da is not Zero:
+        total = run.product(torch.matmul, dense(da), run.low(b))
+    if db is not Zero:
+        right = run.product(torch.matmul, _moved(run, a, da), dense(db))
+        total = right if total is None else total + right
+    assert total is not None
+    return Dense(total)
+
+
+@rule(aten.baddbmm.default)
+def baddbmm(run: Block, node: fx.Node) -> Carrier:
+    bias, a, b = node.args[:3]
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    da, db = run.d(a), run.d(b)
+    total: Carrier = Zero
+    if da is not Zero:
+        total = Dense(alpha * run.product(torch.matmul, dense(da), run.low(b)))  # type: ignore[operator]
+    if db is not Zero:
+        right = run.product(torch.matmul, _moved(run, a, da), dense(db))
+        total = carriers.add(total, Dense(alpha * right))  # type: ignore[operator]
+    d = _spread(run.d(bias), tuple(run.exact(node).shape))
+    return carriers.add(total, d if d is Zero else Dense(beta * dense(d)))  # type: ignore[operator]
+
+
+# --- convolution, any number of dimensions, plain and transposed
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+@rule(aten.convolution.default)
+def convolution(run: Block, node: fx.Node) -> Carrier:
+    """x [N, C, *spatial] with w [O, C / groups, *kernel], or [C, O / groups, *kernel] when transposed."""
+    x, w, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
+    nd = len(run.exact(x).shape) - 2
+    padding = list(padding) * (nd // len(padding))  # type: ignore[arg-type,call-overload]
+    stride = list(stride) * (nd // len(stride))  # type: ignore[arg-type,call-overload]
+    dilation = list(dilation) * (nd // len(dilation))  # type: ignore[arg-type,call-overload]
+
+    def conv(inputs: Tensor, weight: Tensor, g: int) -> Tensor:
+        if transposed:
+            return _TRANSPOSED[nd](inputs, weight, None, stride, padding, output_padding, g, dilation)  # type: ignore[arg-type]
+        return _CONV[nd](inputs, weight, None, stride, padding, dilation, g)
+
+    shape = tuple(run.exact(node).shape)
+    dx, dw = run.d(x), run.d(w)
+    total: Carrier = Zero
+    if dx is not Zero:
+        weight = run.low(w)
+        if isinstance(dx, OneChannel) and dx.dim == 1:
+            total = _one_channel_in(run, conv, dx, weight, shape, bool(transposed), int(groups))  # type: ignore[call-overload]
+        else:
+            values = dense(dx)
+            out = run.product(lambda a, b: conv(a, b, groups), values.flatten(0, 1), weight)  # type: ignore[arg-type]
+            total = Dense(out.unflatten(0, values.shape[:2]))
+    if dw is not Zero:
+        moved = _moved(run, x, dx)
+        total = carriers.add(total, _kernel_moves(run, conv, moved, dw, shape, bool(transposed), int(groups)))  # type: ignore[call-overload]
+    return carriers.add(total, _bias(run, node, bias, 1)) if bias is not None else total
+
+
+def _per_perturbation(conv: Any, images: Tensor, kernels: Tensor) -> Tensor:
+    """Image [P, N, *s] with its own kernel [P, M, *k] -> [P, N, M, *s']: a convolution with P groups."""
+    p, m = kernels.shape[:2]
+    stacked = images.transpose(0, 1)  # [N, P, *s]
+    out = conv(stacked, kernels, p)
+    return out.unflatten(1, (p, m)).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+def _one_channel_in(
+    run: Block, conv: Any, dx: OneChannel, weight: Tensor, shape: tuple[int, ...], transposed: bool, groups: int
+) -> Carrier:
+    """One input channel moves: only its column of the weight takes part, and only its group's outputs move."""
+    per_group = dx.shape[1] // groups
+    outs = shape[1] // groups
+    group, inner = dx.channel // per_group, dx.channel % per_group
+    if transposed:
+        kernels = weight.index_select(0, dx.channel)  # [P, O / groups, *k]
+    else:
+        grouped = weight.unflatten(0, (groups, outs))  # [G, O / groups, C / groups, *k]
+        kernels = grouped[group, :, inner]
+    if transposed:
+        out = _per_perturbation(lambda a, k, g: conv(a, k, g), dx.values, kernels)
+    else:
+        flat = kernels.flatten(0, 1).unsqueeze(1)  # [P * O / groups, 1, *k]
+        stacked = dx.values.transpose(0, 1)
+        out = conv(stacked, flat, len(kernels)).unflatten(1, kernels.shape[:2]).transpose(0, 1)
+    if groups == 1:
+        return Dense(out)
+    if outs == 1:
+        return OneChannel(shape, 1, group, out.squeeze(2))
+    full = carriers.empty_dense(len(out), shape, out).zero_()
+    rows = torch.arange(len(out), device=out.device)
+    full.unflatten(2, (groups, outs)).transpose(1, 2)[rows, group] = out
+    return Dense(full)
+
+
+def _kernel_moves(
+    run: Block, conv: Any, moved: Tensor, dw: Any, shape: tuple[int, ...], transposed: bool, groups: int
+) -> Carrier:
+    """``moved`` [P or 1, N, C, *s] with the difference of the weight."""
+    channels = moved.shape[2]
+    if isinstance(dw, OneEntry):
+        count = len(dw.step)
+        if transposed:
+            channel = dw.index[:, 0]
+            out = channel // (channels // groups) * dw.shape[1] + dw.index[:, 1]
+        else:
+            out = dw.index[:, 0]
+            channel = out // (shape[1] // groups) * dw.shape[1] + dw.index[:, 1]
+        if len(moved) == 1:
+            images = moved[0].index_select(1, channel).transpose(0, 1)  # [P, N, *s]
+        else:
+            images = moved.transpose(1, 2)[torch.arange(count, device=moved.device), channel]
+        kernel = OneEntry((1, *dw.shape[2:]), torch.cat([torch.zeros_like(dw.index[:, :1]), dw.index[:, 2:]], 1), dw.step)
+        kernels = dense(kernel)  # [P, 1, *k]
+        values = conv(images.transpose(0, 1), kernels, count).transpose(0, 1)  # [P, N, *s']
+        return OneChannel(shape, 1, out, values)
+    kernels = dense(dw)
+    count = len(kernels)
+    images = moved.expand(count, *moved.shape[1:]).transpose(0, 1).flatten(1, 2)  # [N, P * C, *s]
+    if len(moved) == 1 and groups == 1 and not transposed:
+        out = run.product(lambda a, k: conv(a, k, 1), moved[0], kernels.flatten(0, 1))
+    else:
+        out = run.product(lambda a, k: conv(a, k, count * groups), images, kernels.flatten(0, 1))
+    return Dense(out.unflatten(1, (count, shape[1])).transpose(0, 1))
+
+
+@rule(aten.embedding.default)
+def embedding(run: Block, node: fx.Node) -> Carrier:
+    """Rows of w [V, M] picked by an index tensor. A coordinate (v, m) moves feature m wherever v was picked."""
+    w, index = node.args[:2]
+    if run.d(index) is not Zero:
+        return run.fallback(node)  # type: ignore[no-any-return]
+    d, picked = run.d(w), run.exact(index)
+    if isinstance(d, OneEntry):
+        hits = picked.unsqueeze(0) == d.index[:, 0].reshape(-1, *[1] * picked.dim())
+        values = hits * d.step.reshape(-1, *[1] * picked.dim())
+        return OneChannel(tuple(run.exact(node).shape), picked.dim(), d.index[:, 1], values)
+    return Dense(dense(d)[:, picked])

@@ -1,0 +1,199 @@
+"""Normalisation: batch, layer, group. One formula for the normalised value, then the affine part.
+
+With zc = z - mean, dzc = dz - mean(dz), dvar = mean(2 zc dzc + dzc^2), s = sqrt(var + eps), s' = sqrt(var + dvar + eps):
+
+    d(zc / s) = dzc / s' - zc dvar / (s s' (s + s'))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, select
+from .table import aten, rule
+
+if TYPE_CHECKING:
+    from ..run import Block
+
+
+def centred(z: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """z - mean and the variance, in the dtype of z."""
+    zc = z - z.mean(dims, keepdim=True)
+    return zc, (zc * zc).mean(dims, keepdim=True)
+
+
+def normalised(dz: Tensor, zc: Tensor, var: Tensor, eps: float, dims: Sequence[int]) -> Tensor:
+    """d((z - mean) / sqrt(var + eps)) with the moments over ``dims`` moving too.
+
+    dz [P, ...] query dtype; zc centred base in the query dtype; var float64. Moments are taken in float64. Where
+    var + dvar cancels, the new variance is recomputed as mean((zc + dzc)^2).
+    """
+    shift = dz.mean(dims, keepdim=True, dtype=torch.float64)
+    dzc = dz - shift.to(dz.dtype)
+    dvar = (dzc * (2 * zc + dzc)).mean(dims, keepdim=True, dtype=torch.float64)
+    cancels = var + dvar < 1e-2 * var
+    after = var + dvar + eps
+    if bool(cancels.any()):
+        after = torch.where(cancels, ((zc + dzc) ** 2).mean(dims, keepdim=True, dtype=torch.float64) + eps, after)
+        dvar = torch.where(cancels, after - eps - var, dvar)
+    s, s_after = (var + eps).sqrt(), after.sqrt()
+    return dzc * (1 / s_after).to(dz.dtype) - zc * (dvar / (s * s_after * (s + s_after))).to(dz.dtype)
+
+
+def _vector(run: Block, arg: Any, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+    """An affine parameter and its difference, shaped to broadcast ([*shape] and [P, *shape]); None where absent."""
+    if arg is None:
+        return None, None
+    d = run.d(arg)
+    base = run.low(arg).reshape(shape)
+    return base, None if d is Zero else dense(d).reshape(-1, *shape)
+
+
+def affine(dhat: Tensor | None, hat: Tensor, gamma: Any, dgamma: Any, dbeta: Any) -> Tensor:
+    """d(hat * gamma + beta) from the differences that are not None."""
+    total: Tensor | None = None
+    if dhat is not None:
+        total = dhat if gamma is None else dhat * gamma
+    if dgamma is not None:
+        term = dgamma * (hat if dhat is None else hat + dhat)
+        total = term if total is None else total + term
+    if dbeta is not None:
+        total = dbeta if total is None else total + dbeta
+    assert total is not None
+    return total
+
+
+@rule(
+    aten._native_batch_norm_legit_functional.default,
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit.no_stats,
+    aten._native_batch_norm_legit_no_training.default,
+    aten.native_batch_norm.default,
+)
+def batch_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
+    """x [N, C, *spatial]; batch statistics in training, running ones otherwise. Channels never mix."""
+    name = str(node.target)
+    x, gamma, beta, *rest = node.args
+    if "no_stats" in name:
+        mean, var, train, eps = None, None, rest[0], rest[2]
+    elif "no_training" in name:
+        (mean, var), train, eps = rest[:2], False, rest[3]
+    else:
+        (mean, var), train, eps = rest[:2], rest[2], rest[4]
+    if any(run.d(a) is not Zero for a in (mean, var) if a is not None):
+        return run.fallback(node)  # type: ignore[no-any-return]
+    z = run.exact(x)
+    dims = [0, *range(2, z.dim())]
+    vector = [1, -1, *[1] * (z.dim() - 2)]
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        zc, v = centred(z, dims) if train else (z - run.exact(mean).reshape(vector), run.exact(var).reshape(vector))
+        return run.base_rounded(zc), v, run.base_rounded(zc / (v + eps).sqrt())
+
+    zc, v, hat = run.saved(node, "norm", make)
+    out = _one_channel_norm(run, x, gamma, beta, zc, v, hat, bool(train), eps)
+    if out is None:
+        d = run.d(x)
+        dhat = None
+        if d is not Zero:
+            values = dense(d)
+            dhat = (
+                normalised(values, zc, v, eps, [k + 1 for k in dims])
+                if train
+                else values * (1 / (v + eps).sqrt()).to(values.dtype)
+            )
+        shape = vector[:1] + [z.shape[1]] + vector[2:]
+        g, dg = _vector(run, gamma, shape)
+        _, db = _vector(run, beta, shape)
+        total = affine(dhat, hat, g, dg, db)
+        out = Dense(total.expand(run.count, *z.shape))
+    return (out, *[Zero] * (len(run.exact(node)) - 1))
+
+
+def _one_channel_norm(
+    run: Block, x: Any, gamma: Any, beta: Any, zc: Tensor, var: Tensor, hat: Tensor, train: bool, eps: float
+) -> Carrier | None:
+    """One channel in, the same channel out; None when the differences do not lie in one channel."""
+    d, dg, db = run.d(x), run.d(gamma), run.d(beta)
+    moving = [c for c in (d, dg, db) if c is not Zero]
+    if len(moving) != 1:
+        return None
+    shape = tuple(run.exact(x).shape)
+    if isinstance(d, OneChannel) and d.dim == 1:
+        channel = d.channel
+        dims = list(range(1, d.values.dim()))
+        v = var.reshape(-1)[channel].reshape(-1, *[1] * len(dims))
+        if train:
+            values = normalised(d.values, select(zc, 1, channel), v, eps, dims)
+        else:
+            values = d.values * (1 / (v + eps).sqrt()).to(d.values.dtype)
+        if gamma is not None:
+            values = values * run.low(gamma)[channel].reshape(v.shape)
+        return OneChannel(shape, 1, channel, values)
+    if isinstance(dg, OneEntry):
+        channel = dg.index[:, 0]
+        values = select(hat, 1, channel) * dg.step.reshape(-1, *[1] * (len(shape) - 1))
+        return OneChannel(shape, 1, channel, values)
+    if isinstance(db, OneEntry):
+        rest = [shape[0], *shape[2:]]
+        values = db.step.reshape(-1, *[1] * len(rest)).expand(-1, *rest)
+        return OneChannel(shape, 1, db.index[:, 0], values)
+    return None
+
+
+@rule(aten.native_layer_norm.default)
+def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
+    x, normal, gamma, beta, eps = node.args
+    z = run.exact(x)
+    dims = list(range(z.dim() - len(normal), z.dim()))  # type: ignore[arg-type]
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        zc, v = centred(z, dims)
+        return run.base_rounded(zc), v, run.base_rounded(zc / (v + eps).sqrt())
+
+    zc, v, hat = run.saved(node, "norm", make)
+    d = run.d(x)
+    if d is Zero and (entry := next((c for c in (run.d(gamma), run.d(beta)) if c is not Zero), None)) is not None:
+        if isinstance(entry, OneEntry) and len(entry.shape) == 1 and (run.d(gamma) is Zero or run.d(beta) is Zero):
+            channel, rest = entry.index[:, 0], z.shape[:-1]
+            step = entry.step.reshape(-1, *[1] * len(rest))
+            values = step.expand(-1, *rest) if run.d(gamma) is Zero else select(hat, z.dim() - 1, channel) * step
+            return OneChannel(tuple(z.shape), z.dim() - 1, channel, values), Zero, Zero
+    dhat = None if d is Zero else normalised(dense(d), zc, v, eps, [k + 1 for k in dims])  # type: ignore[arg-type]
+    shape = list(z.shape[dims[0] :])
+    g, dg = _vector(run, gamma, shape)
+    _, db = _vector(run, beta, shape)
+    if dg is not None:
+        dg = dg.reshape(len(dg), *[1] * dims[0], *shape)
+    if db is not None:
+        db = db.reshape(len(db), *[1] * dims[0], *shape)
+    total = affine(dhat, hat, g, dg, db)
+    return Dense(total.expand(run.count, *z.shape)), Zero, Zero
+
+
+@rule(aten.native_group_norm.default)
+def group_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
+    """x [N, C, *spatial], statistics over each of ``groups`` groups of channels of each sample."""
+    x, gamma, beta, n, c, _, groups, eps = node.args
+    z = run.exact(x)
+    split = (n, groups, -1)
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        zc, v = centred(z.reshape(split), [2])
+        return zc.to(run.dtype), v, run.base_rounded((zc / (v + eps).sqrt()).reshape(z.shape))
+
+    zc, v, hat = run.saved(node, "norm", make)
+    d = run.d(x)
+    dhat = None
+    if d is not Zero:
+        values = dense(d)
+        dhat = normalised(values.reshape(len(values), *split), zc, v, eps, [3]).reshape(values.shape)  # type: ignore[arg-type]
+    vector = [1, c, *[1] * (z.dim() - 2)]
+    g, dg = _vector(run, gamma, vector)  # type: ignore[arg-type]
+    _, db = _vector(run, beta, vector)  # type: ignore[arg-type]
+    total = affine(dhat, hat, g, dg, db)
+    return Dense(total.expand(run.count, *z.shape)), Zero, Zero

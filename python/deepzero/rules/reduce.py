@@ -1,0 +1,186 @@
+"""Reductions: sums and means are linear, extrema go by the winning element, norms by differences of roots."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel
+from .pointwise import absolute
+from .table import aten, rule
+
+if TYPE_CHECKING:
+    from ..run import Block
+
+
+def _dims(node: fx.Node, position: int, rank: int) -> list[int]:
+    dims = node.args[position] if len(node.args) > position else None
+    if dims is None or dims == []:
+        return list(range(rank))
+    dims = [dims] if isinstance(dims, int) else dims
+    return sorted(k % rank for k in dims) if rank else []  # type: ignore[operator,union-attr]
+
+
+def _keep(node: fx.Node, position: int) -> bool:
+    return bool(node.args[position]) if len(node.args) > position else bool(node.kwargs.get("keepdim", False))
+
+
+@rule(aten.mean.dim, aten.sum.dim_IntList, aten.mean.default, aten.sum.default)
+def total(run: Block, node: fx.Node) -> Carrier:
+    """Sum or mean. One that ends in a single number is accumulated in float64: it is the loss, or part of it."""
+    d = run.d(node.args[0])
+    rank = len(d.shape)
+    dims, keep = _dims(node, 1, rank), _keep(node, 2)
+    if isinstance(d, OneEntry) and rank:
+        d = one_channel(d, max(range(rank), key=lambda k: d.shape[k]))
+    function = torch.mean if node.target in (aten.mean.dim, aten.mean.default) else torch.sum
+    wide = len(dims) == rank
+    if isinstance(d, OneChannel) and d.dim not in dims:
+        inner = [k + 1 - (k > d.dim) for k in dims]
+        values = function(d.values, inner, keepdim=keep)
+        target = d.dim if keep else d.dim - sum(k < d.dim for k in dims)
+        return OneChannel(tuple(run.exact(node).shape), target, d.channel, values)
+    if isinstance(d, OneChannel):
+        inner = [k + 1 - (k > d.dim) for k in dims if k != d.dim]
+        values = d.values.double() if wide else d.values
+        values = torch.sum(values, inner, keepdim=keep) if inner else values
+        values = values.unsqueeze(d.dim + 1) if keep else values
+        if function is torch.mean:
+            values = values / math.prod(d.shape[k] for k in dims)
+        return Dense(values)
+    values = dense(d)
+    if rank == 0:
+        return Dense(values)
+    return Dense(function(values, [k + 1 for k in dims], keepdim=keep, dtype=torch.float64 if wide else None))
+
+
+def _gap(run: Block, node: fx.Node, dims: list[int], largest: bool) -> Tensor:
+    """Distance of every element from the winner (zero for the winner itself), rounded once from float64."""
+
+    def make() -> Tensor:
+        z = run.exact(node.args[0]).double()
+        best = z.amax(dims, keepdim=True) if largest else z.amin(dims, keepdim=True)
+        return run.base_rounded(z - best)  # type: ignore[no-any-return]
+
+    return run.saved(node, "gap", make)  # type: ignore[no-any-return]
+
+
+@rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
+def extremum(run: Block, node: fx.Node) -> Carrier:
+    """max(z + dz) - max(z) = max over k of (z_k - max z) + dz_k: the winning element's own difference."""
+    values = dense(run.d(node.args[0]))
+    rank = values.dim() - 1
+    dims, keep = _dims(node, 1, rank), _keep(node, 2)
+    largest = node.target in (aten.amax.default, aten.max.default)
+    moved = _gap(run, node, dims, largest) + values
+    inner = [k + 1 for k in dims]
+    if not dims:
+        return Dense(values)
+    return Dense(moved.amax(inner, keepdim=keep) if largest else moved.amin(inner, keepdim=keep))
+
+
+@rule(aten.max.dim, aten.min.dim)
+def extremum_with_index(run: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
+    values = dense(run.d(node.args[0]))
+    rank = values.dim() - 1
+    dim, keep = int(node.args[1]) % max(rank, 1), _keep(node, 2)  # type: ignore[call-overload]
+    if rank == 0:
+        return Dense(values), Zero
+    largest = node.target is aten.max.dim
+    moved = _gap(run, node, [dim], largest) + values
+    best, where = (moved.max if largest else moved.min)(dim + 1, keepdim=keep)
+    jump = (where - run.exact(node)[1]).to(run.dtype)
+    return Dense(best), Dense(jump) if bool(jump.any()) else Zero
+
+
+@rule(aten.argmax.default, aten.argmin.default)
+def arg_extremum(run: Block, node: fx.Node) -> Carrier:
+    z = run.exact(node.args[0]).double()
+    values = z + dense(run.d(node.args[0])).double()
+    dim, keep = (node.args[1] if len(node.args) > 1 else None), _keep(node, 2)
+    function = torch.argmax if node.target is aten.argmax.default else torch.argmin
+    if dim is None:
+        after = function(values.flatten(1), 1).reshape(-1, *run.exact(node).shape)
+    else:
+        after = function(values, int(dim) % z.dim() + 1, keepdim=keep)  # type: ignore[call-overload]
+    return Dense((after - run.exact(node)).to(run.dtype))
+
+
+@rule(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims)
+def logical(run: Block, node: fx.Node) -> Carrier:
+    d = run.d(node.args[0])
+    moved = (run.exact(node.args[0]).double() + dense(d).double()) != 0
+    rank = moved.dim() - 1
+    inner = [k + 1 for k in _dims(node, 1, rank)]
+    function = torch.any if "any" in str(node.target) else torch.all
+    after = function(moved, inner, keepdim=_keep(node, 2)) if inner else moved
+    return Dense((after.double() - run.exact(node).double()).to(run.dtype))
+
+
+@rule(aten.linalg_vector_norm.default)
+def vector_norm(run: Block, node: fx.Node) -> Carrier:
+    """p = 2 by the difference of the square roots of the sums of squares; p = 1 and infinity through |z|."""
+    order = node.args[1] if len(node.args) > 1 else 2
+    values = dense(run.d(node.args[0]))
+    z = run.low(node.args[0])
+    rank = z.dim()
+    dims, keep = _dims(node, 2, rank), _keep(node, 3)
+    inner = [k + 1 for k in dims]
+    if order == 1:
+        return Dense(absolute(values, z).sum(inner, keepdim=keep))
+    if order in (math.inf, float("inf")):
+        gap = run.saved(node, "gap", lambda: run.base_rounded(_abs_gap(run.exact(node.args[0]), dims)))
+        return Dense((gap + absolute(values, z)).amax(inner, keepdim=keep))
+    if order != 2:
+        return run.fallback(node)  # type: ignore[no-any-return]
+    before = run.exact(node)
+    squares = (values * (2 * z + values)).sum(inner, keepdim=keep, dtype=torch.float64)
+    after = (before * before + squares).clamp(min=0).sqrt()
+    return Dense(torch.where(squares == 0, 0.0, squares / (after + before)).to(run.dtype))
+
+
+def _abs_gap(z: Tensor, dims: list[int]) -> Tensor:
+    magnitude = z.abs()
+    return magnitude - magnitude.amax(dims, keepdim=True)
+
+
+@rule(aten.var.correction, aten.var_mean.correction, aten.var.dim)
+def variance(run: Block, node: fx.Node) -> Any:
+    """dvar = sum(2 zc dzc + dzc^2) / (n - correction), centred."""
+    values = dense(run.d(node.args[0]))
+    z = run.exact(node.args[0])
+    rank = z.dim()
+    dims = _dims(node, 1, rank)
+    if node.target is aten.var.dim:
+        correction, keep = float(node.args[2] if len(node.args) > 2 else True), _keep(node, 3)  # type: ignore[arg-type]
+    else:
+        given = node.kwargs.get("correction")
+        correction, keep = 1.0 if given is None else float(given), bool(node.kwargs.get("keepdim", False))  # type: ignore[arg-type]
+    count = math.prod(z.shape[k] for k in dims)
+    inner = [k + 1 for k in dims]
+    zc = run.saved(node, "centred", lambda: run.base_rounded(z - z.mean(dims, keepdim=True)))
+    shift = values.mean(inner, keepdim=True, dtype=torch.float64)
+    dzc = values - shift.to(values.dtype)
+    dvar = (dzc * (2 * zc + dzc)).sum(inner, keepdim=keep, dtype=torch.float64) / max(count - correction, 0)
+    out = Dense(dvar)
+    if node.target is aten.var_mean.correction:
+        moved = shift if keep else shift.reshape(len(shift), *[s for k, s in enumerate(z.shape) if k not in dims])
+        return out, Dense(moved)
+    return out
+
+
+@rule(aten.prod.dim_int)
+def product(run: Block, node: fx.Node) -> Carrier:
+    """prod(z + dz) - prod(z), one factor at a time: sum_k (prod of moved before k) dz_k (prod of old after k)."""
+    values = dense(run.d(node.args[0]))
+    z = run.low(node.args[0])
+    dim, keep = int(node.args[1]) % z.dim(), _keep(node, 2)  # type: ignore[call-overload]
+    d, p = torch.zeros_like(values.select(dim + 1, 0)), torch.ones_like(z.select(dim, 0))
+    for k in range(z.shape[dim]):
+        a, da = z.select(dim, k), values.select(dim + 1, k)
+        d, p = d * (a + da) + p * da, p * a
+    return Dense(d.unsqueeze(dim + 1) if keep else d)
+

@@ -1,0 +1,46 @@
+"""Softmax and log-softmax, through expm1 and log1p."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from ..carriers import Carrier, Dense, dense
+from .table import aten, rule
+
+if TYPE_CHECKING:
+    from ..run import Block
+
+
+def log_sum_exp(dz: Tensor, p: Tensor, dim: int) -> Tensor:
+    """log(sum_k p_k e^dz_k) with p the base softmax: how much the log of the partition sum moves, kept dimension."""
+    small = torch.log1p((p * torch.expm1(dz)).sum(dim, keepdim=True))
+    top = dz.amax(dim, keepdim=True)
+    far = dz.abs().amax(dim, keepdim=True) > 1
+    if bool(far.any()):
+        shifted = top + (p * torch.exp(dz - top)).sum(dim, keepdim=True).log()
+        return torch.where(far, shifted, small)
+    return small
+
+
+def _probabilities(run: Block, node: fx.Node) -> Tensor:
+    z, dim = run.exact(node.args[0]), node.args[1]
+    return run.saved(node, "softmax", lambda: torch.softmax(z, dim))  # type: ignore[no-any-return, arg-type]
+
+
+@rule(aten._log_softmax.default)
+def log_softmax(run: Block, node: fx.Node) -> Carrier:
+    """In float64: what follows is the loss, in which almost everything cancels."""
+    d = dense(run.d(node.args[0])).double()
+    dim = int(node.args[1]) % (d.dim() - 1) + 1  # type: ignore[call-overload]
+    return Dense(d - log_sum_exp(d, _probabilities(run, node), dim))
+
+
+@rule(aten._softmax.default)
+def softmax(run: Block, node: fx.Node) -> Carrier:
+    d = dense(run.d(node.args[0]))
+    dim = int(node.args[1]) % (d.dim() - 1) + 1  # type: ignore[call-overload]
+    p = run.saved(node, "low", lambda: run.base_rounded(_probabilities(run, node)))
+    return Dense(p * torch.expm1(d - log_sum_exp(d, p, dim)))

@@ -1,0 +1,264 @@
+"""The table op -> difference rule, and the families that turn one small function into a rule.
+
+A rule takes the running block and a node of the graph, and returns the carrier of the node's difference (or a tuple
+of carriers for an op with several results):
+
+    rule(run, node) -> Carrier
+
+``run.d(arg)`` is the carrier of an argument, ``run.low(arg)`` its base value in the query dtype, ``run.exact(arg)``
+its base value in float64. Most ops need no such function; they belong to a family:
+
+    linear(op, positions)       the difference goes through the same map
+    pointwise(op, ...)          one elementwise function of differences and saved base values
+    discrete(op)                piecewise constant: op(base + difference) - op(base), at float64 precision
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel, same_channel, select, without
+
+if TYPE_CHECKING:
+    from ..run import Block
+
+aten = torch.ops.aten
+
+Rule = Callable[["Block", fx.Node], Any]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*ops: Any) -> Callable[[Rule], Rule]:
+    """Register one function as the rule of ``ops``. Registering an op twice is an error."""
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            if op in RULES:
+                raise ValueError(f"{op} already has a rule: {RULES[op].__qualname__}")
+            RULES[op] = function
+        return function
+
+    return register
+
+
+# --- linear maps
+
+
+Follow = Callable[[fx.Node, int], int | None]
+"""Where channel dimension ``dim`` of the input goes when it passes through the node, or None if it is mixed up."""
+
+
+def linear(op: Any, *positions: int, follow: Follow | None = None) -> None:
+    """``op`` is linear in the tensors at ``positions`` together; every other argument is constant.
+
+    With ``follow`` (for a single position) a OneChannel difference stays one: the op is applied to a value whose
+    channel dimension has size 1.
+    """
+    positions = positions or (0,)
+
+    def apply(run: Block, node: fx.Node) -> Any:
+        moved = [node.args[i] for i in positions if i < len(node.args)]
+        if any(run.d(n) is not Zero for n in node.all_input_nodes if not _contains(moved, n)):
+            return run.fallback(node)  # an index or a mask moves: not linear any more
+        if follow is not None and len(positions) == 1:
+            d = run.d(node.args[positions[0]])
+            d = one_channel(d, _largest(d.shape)) if isinstance(d, OneEntry) and d.shape else d
+            if isinstance(d, OneChannel):
+                target = follow(node, d.dim)
+                if target is not None:
+                    args = list(run.exact_args(node))
+                    args[positions[0]] = d.values.unsqueeze(d.dim + 1)
+                    out = _batched(run, node, args, positions)
+                    assert isinstance(out, Tensor)
+                    shape = tuple(run.exact(node).shape)
+                    return OneChannel(shape, target, d.channel, out.squeeze(target + 1))
+        args = list(run.exact_args(node))
+        for i in positions:
+            if i < len(args):
+                args[i] = _dense_like(run, node.args[i])
+        out = _batched(run, node, args, positions)
+        return tuple(Dense(o) for o in out) if isinstance(out, tuple | list) else Dense(out)
+
+    RULES[op] = _named(apply, f"linear {op}")
+
+
+def _contains(args: Any, node: fx.Node) -> bool:
+    found: list[fx.Node] = []
+    fx.map_arg(args, found.append)
+    return node in found
+
+
+def _dense_like(run: Block, arg: Any) -> Any:
+    """The dense difference of a node, or of every node of a list; zeros where nothing moves."""
+    if isinstance(arg, list | tuple):
+        return [_dense_like(run, a) for a in arg]
+    if not isinstance(arg, fx.Node):
+        return arg
+    d = run.d(arg)
+    if d is Zero:
+        base = run.exact(arg)
+        return torch.zeros((run.count, *base.shape), dtype=run.dtype, device=base.device)
+    return dense(d)
+
+
+def _batched(run: Block, node: fx.Node, args: Sequence[Any], positions: Sequence[int]) -> Any:
+    """``op`` for every perturbation at once; only the arguments at ``positions`` have a leading P."""
+    kwargs, where = run.exact_kwargs(node), [i for i in positions if i < len(args)]
+
+    def once(*moved: Any) -> Any:
+        full = list(args)
+        for i, value in zip(where, moved, strict=True):
+            full[i] = value
+        return node.target(*full, **kwargs)  # type: ignore[operator]
+
+    return torch.vmap(once)(*(args[i] for i in where))
+
+
+def _largest(shape: Sequence[int]) -> int:
+    return max(range(len(shape)), key=lambda k: shape[k])
+
+
+def _named(function: Rule, name: str) -> Rule:
+    function.__qualname__ = name
+    return function
+
+
+# --- elementwise functions
+
+
+def pointwise(*ops: Any, arity: int = 1, saves: Callable[..., Any] | None = None, exact: bool = False) -> Any:
+    """Register an elementwise rule ``f(*differences, *saved, *rest) -> difference``.
+
+    arity  how many leading arguments are tensors (or numbers) that may move; a difference is None where one does not
+    saves  ``saves(*bases, *rest)`` -> tensors derived from the float64 bases, kept in the query dtype and shared by
+           all blocks; by default the bases themselves
+    exact  hand everything over in float64: for functions whose result jumps
+    ``rest`` are the op's remaining arguments.
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def apply(run: Block, node: fx.Node) -> Carrier:
+            operands, rest, kwargs = node.args[:arity], node.args[arity:], node.kwargs
+            rest = tuple(run.exact(a) for a in rest)
+            if any(isinstance(a, fx.Node) and run.d(a) is not Zero for a in node.args[arity:]):
+                return run.fallback(node)  # type: ignore[no-any-return]
+
+            def make() -> tuple[Any, ...]:
+                bases = tuple(run.exact(a) for a in operands)
+                wide = tuple(b.double() if isinstance(b, Tensor) else b for b in bases)
+                out = wide if saves is None else saves(*wide, *rest, **kwargs)
+                out = out if isinstance(out, tuple) else (out,)
+                return out if exact else tuple(run.base_rounded(o) for o in out)
+
+            saved = run.saved(node, "pointwise", make)
+            shape = tuple(run.exact(node).shape)
+            diffs, bases, wrap = align(run, operands, saved, shape)
+            if exact:
+                diffs = [d.double() if d is not None else None for d in diffs]
+            return wrap(function(*diffs, *bases, *rest, **kwargs))
+
+        for op in ops:
+            rule(op)(_named(apply, f"pointwise {function.__name__}"))
+        return function
+
+    return register
+
+
+def align(
+    run: Block, operands: Sequence[Any], saved: Sequence[Any], shape: tuple[int, ...]
+) -> tuple[list[Tensor | None], list[Any], Callable[[Tensor], Carrier]]:
+    """Bring differences and saved base tensors of a broadcasting op to one layout.
+
+    Returns the differences (None where nothing moves), the saved tensors, and how to wrap the result. When every
+    difference lies in the same channel of the result, everything is cut down to that channel.
+    """
+    rank = len(shape)
+    carriers = [run.d(a) for a in operands]
+    prepared: list[Any] = []
+    for c in carriers:
+        if isinstance(c, OneEntry):
+            sizes = [s if s == shape[rank - len(c.shape) + k] else 0 for k, s in enumerate(c.shape)]
+            c = one_channel(c, _largest(sizes)) if sizes and max(sizes) > 1 else Dense(dense(c))
+        prepared.append(c)
+    channels = [c for c in prepared if c is not Zero]
+    first = channels[0]
+    if all(isinstance(c, OneChannel) for c in channels):
+        dims = {rank - len(c.shape) + c.dim for c in channels}
+        dim = min(dims)
+        fits = all(c.shape[c.dim] == shape[dim] for c in channels) if len(dims) == 1 else False
+        if fits and all(c is first or _same_index(c, first) for c in channels):
+            rest = without(shape, dim)
+
+            def cut(base: Any) -> Any:
+                if not isinstance(base, Tensor):
+                    return base
+                at = dim - (rank - base.dim())
+                if at < 0:
+                    return base
+                if base.shape[at] == 1 and shape[dim] != 1:
+                    return base.squeeze(at)
+                return _raise(select(base, at, first.channel), rank - 1)
+
+            diffs = [None if c is Zero else _raise(c.values, rank - 1) for c in prepared]
+
+            def wrap(values: Tensor) -> Carrier:
+                return OneChannel(shape, dim, first.channel, values.expand(len(first.channel), *rest))
+
+            return diffs, [cut(b) for b in saved], wrap
+
+    def spread(values: Tensor) -> Carrier:
+        return Dense(values.expand(len(values), *shape))
+
+    return [None if c is Zero else _raise(dense(c), rank) for c in prepared], list(saved), spread
+
+
+def _raise(values: Tensor, rank: int) -> Tensor:
+    """[P, *s] -> [P, 1, .., 1, *s] with ``rank`` dimensions after P."""
+    missing = rank - (values.dim() - 1)
+    return values.reshape(len(values), *([1] * missing), *values.shape[1:]) if missing else values
+
+
+def _same_index(a: OneChannel, b: OneChannel) -> bool:
+    return same_channel(OneChannel(a.shape, 0, a.channel, a.values), OneChannel(b.shape, 0, b.channel, b.values))
+
+
+# --- piecewise constant functions
+
+
+def discrete(*ops: Any, arity: int = 1) -> None:
+    """``op(base + difference) - op(base)`` for elementwise ops whose value only jumps; both in float64."""
+
+    for op in ops:
+
+        def apply(run: Block, node: fx.Node, op: Any = op) -> Carrier:
+            operands = node.args[:arity]
+            if all(run.d(a) is Zero for a in operands):
+                return Zero
+            bases = tuple(_double(run.exact(a)) for a in operands)
+            before = run.exact(node)
+            shape = tuple(before.shape)
+            diffs, saved, wrap = align(run, operands, (*bases, before), shape)
+            inputs = [
+                _typed(run, a, b if d is None else b + d.double())
+                for a, b, d in zip(operands, saved[:-1], diffs, strict=True)
+            ]
+            after = op(*inputs, *run.exact_args(node)[arity:], **run.exact_kwargs(node))
+            return wrap((after.double() - _double(saved[-1])).to(run.dtype))
+
+        rule(op)(_named(apply, f"discrete {op}"))
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def _typed(run: Block, arg: Any, value: Any) -> Any:
+    """A float64 value back in the kind (bool, integer, float) that the op was written for."""
+    base = run.exact(arg)
+    if not isinstance(base, Tensor) or not isinstance(value, Tensor) or base.is_floating_point():
+        return value
+    return value != 0 if base.dtype is torch.bool else value.round().to(base.dtype)

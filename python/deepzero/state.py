@@ -1,0 +1,66 @@
+"""Leaving a model and the process as they were: random state, buffers, and commits that Ctrl-C cannot cut in half."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def random_state() -> tuple[Any, ...]:
+    """State of every global generator that a model's forward may draw from: torch (all devices), numpy, python."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    cpu, cuda, numpy, python = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    np.random.set_state(numpy)
+    random.setstate(python)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back for a few short writes that must happen together; it is delivered right after them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+        if pending and callable(before):
+            before(*pending[-1])
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[tuple[Any, ...]]:
+    """Whatever is drawn inside, the global generators are as before afterwards."""
+    state = random_state()
+    try:
+        yield state
+    finally:
+        with uninterrupted():
+            set_random_state(state)
+
+
+def cloned_buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def write_buffers(model: nn.Module, values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(values[name])
