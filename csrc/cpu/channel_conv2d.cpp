@@ -1,0 +1,152 @@
+#include "common.h"
+
+namespace dz {
+namespace {
+
+// Pixels of a tile: with two registers of channels each, the sums fill half of the 32 (AVX-512) or 16 registers.
+constexpr int kPixels = kLanes == 16 ? 8 : 4;
+
+// What a tile needs to know: where its taps are and where its pixels go.
+struct Taps {
+  const int64_t* offset;  // [count] from the first tap, in the padded plane
+  int64_t count;          // kh * kw
+  int64_t pixel_in;       // distance of neighbouring output pixels in the padded plane
+  int64_t pixel_out;      // and in the output
+};
+
+// The first `count` < kLanes elements, in pieces of fixed size. By value: the address of the caller's copy is not
+// taken, which would move its accumulators out of registers.
+DZ_INLINE void store_first(float* to, Vec v, int64_t count) {
+  const float* from = reinterpret_cast<const float*>(&v);
+  for (int64_t size = kLanes / 2; size > 0; size /= 2) {
+    if ((count & size) != 0) {
+      __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(float));
+      to += size;
+      from += size;
+    }
+  }
+}
+
+// out[q, 0 .. channels) = sum_t in[q * pixel_in + offset[t]] * packed[t, :] for PIXELS pixels and REGISTERS registers
+// of channels. The accumulators never leave registers; the sum runs over t in order, in every tile shape alike.
+template <int PIXELS, int REGISTERS>
+DZ_INLINE void tile(const Taps& taps, const float* in, const float* packed, float* out, int64_t channels) {
+  Vec sum[PIXELS][REGISTERS];
+#pragma GCC unroll 8
+  for (int q = 0; q < PIXELS; ++q) {
+#pragma GCC unroll 2
+    for (int r = 0; r < REGISTERS; ++r) sum[q][r] = Vec{};
+  }
+  for (int64_t t = 0; t < taps.count; ++t) {
+    const float* from = in + taps.offset[t];
+    Vec w[REGISTERS];
+#pragma GCC unroll 2
+    for (int r = 0; r < REGISTERS; ++r) w[r] = load<Vec>(packed + (t * REGISTERS + r) * kLanes);
+#pragma GCC unroll 8
+    for (int q = 0; q < PIXELS; ++q) {
+      const Vec d = from[q * taps.pixel_in] - Vec{};
+#pragma GCC unroll 2
+      for (int r = 0; r < REGISTERS; ++r) sum[q][r] += d * w[r];
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < PIXELS; ++q) {
+#pragma GCC unroll 2
+    for (int r = 0; r < REGISTERS; ++r) {
+      float* to = out + q * taps.pixel_out + r * kLanes;
+      const int64_t left = channels - r * kLanes;
+      if (left >= kLanes) {
+        store(to, sum[q][r]);
+      } else if (left > 0) {
+        store_first(to, sum[q][r], left);
+      }
+    }
+  }
+}
+
+// One output row of `width` pixels. The last tile overlaps the one before it and writes the same values again.
+template <int PIXELS, int REGISTERS>
+void row(const Taps& taps, const float* in, const float* packed, float* out, int64_t channels, int64_t width) {
+  if (width >= PIXELS) {
+    for (int64_t v = 0; v < width; v += PIXELS) {
+      const int64_t at = lesser(v, width - PIXELS);
+      tile<PIXELS, REGISTERS>(taps, in + at * taps.pixel_in, packed, out + at * taps.pixel_out, channels);
+    }
+  } else if constexpr (PIXELS > 1) {
+    row<PIXELS / 2, REGISTERS>(taps, in, packed, out, channels, width);
+  }
+}
+
+}  // namespace
+
+void DZ_KERNEL(channel_conv2d)(const float* delta, const int64_t* channel, const float* weight, float* out, int64_t P,
+                               int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t O, int64_t kh,
+                               int64_t kw, int64_t wo, int64_t wc, int64_t wh, int64_t ww, int64_t stride_h,
+                               int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
+                               int64_t in_per_group, int64_t out_per_group) {
+  const int64_t T = kh * kw;
+  const int64_t Hp = H + 2 * pad_h, Wp = W + 2 * pad_w;
+  const int64_t block = 2 * kLanes;                               // output channels of a full tile
+  const int64_t wide = ceil_div(out_per_group, kLanes) * kLanes;  // channels rounded up to whole registers
+  const int64_t threads = omp_get_max_threads();
+
+  Scratch<int64_t> offset(T);
+  for (int64_t t = 0; t < T; ++t) offset.data[t] = t / kw * dil_h * Wp + t % kw * dil_w;
+  const Taps taps = {offset.data, T, stride_w, O};
+  // Per thread: the weights of one input channel, packed [block][T][channels of the block], and one padded plane. Both
+  // are rounded up to cache lines, so that threads do not share one.
+  const int64_t packed_size = ceil_div(T * wide, 16) * 16, plane_size = ceil_div(Hp * Wp, 16) * 16;
+  Scratch<float> scratch(threads * (packed_size + plane_size));
+
+#pragma omp parallel
+  {
+    float* packed = scratch.data + omp_get_thread_num() * (packed_size + plane_size);
+    float* plane = packed + packed_size;
+    __builtin_memset(plane, 0, static_cast<size_t>(plane_size) * sizeof(float));  // its border stays zero
+    int64_t packed_channel = -1;
+
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t p = 0; p < P; ++p) {
+      for (int64_t n = 0; n < N; ++n) {
+        const int64_t first = channel[p] / in_per_group * out_per_group;  // first output channel of the group
+        if (packed_channel != channel[p]) {
+          packed_channel = channel[p];
+          const float* from = weight + first * wo + channel[p] % in_per_group * wc;
+          float* to = packed;
+          for (int64_t b = 0; b < wide; b += block) {
+            const int64_t size = lesser(block, wide - b);
+            for (int64_t t = 0; t < T; ++t) {
+              for (int64_t k = b; k < b + size; ++k) {
+                *to++ = k < out_per_group ? from[k * wo + t / kw * wh + t % kw * ww] : 0.0f;
+              }
+            }
+          }
+        }
+        const float* in = delta + (p * N + n) * H * W;
+        if (pad_h == 0 && pad_w == 0) {
+          // The plane is its own padded form.
+        } else {
+          for (int64_t h = 0; h < H; ++h) {
+            __builtin_memcpy(plane + (h + pad_h) * Wp + pad_w, in + h * W, static_cast<size_t>(W) * sizeof(float));
+          }
+          in = plane;
+        }
+        float* to = out + (p * N + n) * Ho * Wo * O;
+        if (out_per_group < O) __builtin_memset(to, 0, static_cast<size_t>(Ho * Wo * O) * sizeof(float));
+        to += first;
+        for (int64_t u = 0; u < Ho; ++u, to += Wo * O) {
+          const float* from = in + u * stride_h * Wp;
+          for (int64_t b = 0; b < wide; b += block) {
+            if (wide - b >= block) {
+              row<kPixels, 2>(taps, from, packed + b * T, to + b, out_per_group - b, Wo);
+            } else {
+              row<kPixels, 1>(taps, from, packed + b * T, to + b, out_per_group - b, Wo);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace dz

@@ -1,0 +1,68 @@
+// What the kernels share. Everything is in an unnamed namespace and nothing is a standard library template: a weak
+// symbol compiled for AVX-512 could replace the copy that an older CPU runs.
+#pragma once
+
+#include <omp.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#include "table.h"
+
+#define DZ_INLINE inline __attribute__((always_inline))
+
+namespace dz {
+namespace {
+
+// Lanes of one register at this level.
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+
+// Eight lanes at every level, so that sums are partitioned alike everywhere.
+typedef float Float8 __attribute__((vector_size(32)));
+typedef double Double8 __attribute__((vector_size(64)));
+typedef uint64_t Bits8 __attribute__((vector_size(64)));
+
+template <typename V, typename T>
+DZ_INLINE V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V, typename T>
+DZ_INLINE void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+DZ_INLINE Double8 widen(Float8 v) { return __builtin_convertvector(v, Double8); }
+
+DZ_INLINE double sum(Double8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+DZ_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+DZ_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+DZ_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Aligned memory, not initialised. Made before a parallel region, so that running out of it is an ordinary exception.
+template <typename T>
+struct Scratch {
+  explicit Scratch(int64_t n) : data(static_cast<T*>(::operator new(bytes(n), std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete(data, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  static size_t bytes(int64_t n) { return static_cast<size_t>(n > 0 ? n : 1) * sizeof(T); }
+
+  T* data;
+};
+
+}  // namespace
+}  // namespace dz

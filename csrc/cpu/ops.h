@@ -1,0 +1,42 @@
+// Every CPU op, once: its name and its signature. The table, the dispatcher and the Python bindings are made from this
+// list.
+//
+// P perturbations, N samples, [H, W] input plane, [Ho, Wo] output plane. Strides are in elements. Tensors without
+// strides are contiguous. Arguments are checked by dzkernels/ops.py, which also holds the contract of each op.
+#pragma once
+
+#include <cstdint>
+
+// clang-format off
+#define DZ_CPU_OPS(OP)                                                                                                  \
+  OP(conv2d_tap, (const float* x,          /* [N, Cin, H, W] with strides xn, xc, xh, xw                           */  \
+                  const int64_t* coord,    /* [P, 4] as (o, c, i, j)                                               */  \
+                  const float* step,       /* [P]                                                                  */  \
+                  float* out,              /* [P, N, Ho, Wo]                                                       */  \
+                  int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo,                                  \
+                  int64_t xn, int64_t xc, int64_t xh, int64_t xw, int64_t stride_h, int64_t stride_w,                  \
+                  int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,                                          \
+                  int64_t in_per_group, int64_t out_per_group))                                                        \
+  OP(channel_conv2d, (const float* delta,  /* [P, N, H, W]                                                         */  \
+                      const int64_t* channel, /* [P] input channel                                                 */  \
+                      const float* weight, /* [O, in_per_group, kh, kw] with strides wo, wc, wh, ww                */  \
+                      float* out,          /* [P, N, Ho, Wo, O]                                                    */  \
+                      int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t O,                   \
+                      int64_t kh, int64_t kw, int64_t wo, int64_t wc, int64_t wh, int64_t ww,                          \
+                      int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,                                \
+                      int64_t dil_h, int64_t dil_w, int64_t in_per_group, int64_t out_per_group))                      \
+  OP(channel_batch_norm, (const float* delta, /* [P, N, H, W]                                                      */  \
+                          const int64_t* channel, /* [P]                                                           */  \
+                          const float* x,  /* [N, C, H, W] with strides xn, xc, xh, xw                             */  \
+                          const double* mean, const double* var, const double* gamma, /* [C] each                  */  \
+                          const float* y,  /* [N, C, H, W] with strides yn, yc, yh, yw, or null: no activation     */  \
+                          float* out,      /* [P, N, H, W]                                                         */  \
+                          double eps, int64_t P, int64_t N, int64_t H, int64_t W,                                      \
+                          int64_t xn, int64_t xc, int64_t xh, int64_t xw,                                              \
+                          int64_t yn, int64_t yc, int64_t yh, int64_t yw))                                             \
+  OP(cross_entropy_difference, (const double* log_probs, const double* probs, /* [N, K] each                       */  \
+                                const int64_t* target, /* [N]                                                      */  \
+                                const float* dlogits,  /* [P, N, K]                                                */  \
+                                double* out,           /* [P]                                                      */  \
+                                int64_t P, int64_t N, int64_t K))
+// clang-format on

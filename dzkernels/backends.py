@@ -1,0 +1,161 @@
+"""The backends, and the choice between them.
+
+An explicit choice (DZ_BACKEND or use_backend) runs or raises. The automatic one takes the first backend of the list
+that can run the op on these tensors; where that is not the best one for the device, it says so once per op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _load
+from ._load import BackendError
+
+__all__ = ["BACKENDS", "BackendError", "available_backends", "choose", "implementation", "use_backend", "use_isa"]
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+_log = logging.getLogger("dzkernels")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("dzkernels_backend", default=None)
+_logged: set[str] = set()
+
+
+def _refuse_cuda(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    if device is not None and device.type != "cuda":
+        return f"the tensors are on {device}"
+    if device is None and not torch.cuda.is_available():
+        return _load.cuda_error() or "torch sees no CUDA device"
+    return _load.cuda_error() or _refuse_dtype(dtype)
+
+
+def _refuse_triton(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not _interpreting():
+        if device is None and not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        if device is not None and device.type != "cuda":
+            return f"the tensors are on {device}"
+    return _refuse_dtype(dtype)
+
+
+def _refuse_cpu(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    if device is not None and device.type != "cpu":
+        return f"the tensors are on {device}"
+    return _load.native_error() or _refuse_dtype(dtype)
+
+
+def _refuse_reference(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    return None
+
+
+def _refuse_dtype(dtype: torch.dtype | None) -> str | None:
+    return None if dtype in (None, torch.float32) else f"its kernels are float32, the tensors are {_name(dtype)}"
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# Why a backend cannot run on this device with this dtype (None: does not matter); None if it can.
+_REFUSALS: dict[str, Callable[[torch.device | None, torch.dtype | None], str | None]] = {
+    "cuda": _refuse_cuda,
+    "triton": _refuse_triton,
+    "cpu": _refuse_cpu,
+    "reference": _refuse_reference,
+}
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can run on this machine."""
+    return tuple(name for name in BACKENDS if _REFUSALS[name](None, None) is None)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run `name` or raise, inside the block and in this thread. None goes back to the automatic choice."""
+    token = _forced.set(None if name is None else _check_name(name, "use_backend: name"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextlib.contextmanager
+def use_isa(level: str) -> Iterator[None]:
+    """Run the CPU kernels compiled for `level` inside the block, in all threads. For tests and measurements."""
+    module = _load.native()
+    before = module.isa()
+    try:
+        module.set_isa(level)
+    except ValueError as error:
+        raise BackendError(f"use_isa: level {level!r} was requested but {error}") from None
+    try:
+        yield
+    finally:
+        module.set_isa(before)
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs `op` on tensors of `device` and `dtype`."""
+    forced = _forced.get() or os.environ.get("DZ_BACKEND")
+    if forced:
+        reason = _REFUSALS[_check_name(forced, "DZ_BACKEND")](device, dtype)
+        if reason is not None:
+            raise BackendError(
+                f"dz::{op}: backend {forced!r} was requested but {reason}. "
+                f"Available here: {', '.join(available_backends())}"
+            )
+        return forced
+    if device.type == "cpu":  # the common case first: nothing to explain
+        if (refused := _refuse_cpu(device, dtype)) is None:
+            return "cpu"
+        refusals = {"cpu": refused}
+        chosen = "reference"
+    else:
+        refusals = {}
+        for chosen in BACKENDS:
+            refused_here = _REFUSALS[chosen](device, dtype)
+            if refused_here is None:
+                break
+            if chosen != "cpu":
+                refusals[chosen] = refused_here
+    if refusals:
+        why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        text = f"dz::{op} runs on backend {chosen!r} because better ones cannot ({why})"
+        if text not in _logged:
+            _logged.add(text)
+            _log.warning(text)
+    return chosen
+
+
+@functools.cache
+def implementation(backend: str, op: str) -> Callable[..., Any]:
+    """The function `op` of dzkernels/<backend>/<op>.py."""
+    return getattr(importlib.import_module(f"dzkernels.{backend}.{op}"), op)
+
+
+def run(op: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Run `op` on the backend chosen for `tensor`."""
+    return implementation(choose(op, tensor.device, tensor.dtype), op)(*args, **kwargs)

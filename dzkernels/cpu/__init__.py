@@ -1,0 +1,1 @@
+"""C++ kernels: allocate the result and hand addresses to dzkernels._C."""

@@ -1,0 +1,216 @@
+"""The ops: one function each, with its contract. Every backend file of the same stem implements exactly this.
+
+P is the number of perturbations propagated at once, N the number of samples. A difference is the exact change of a
+value, in the units of that value. Any P, 0 included; inputs may have any strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _check as check
+from . import backends
+
+OPS = ("conv2d_tap", "channel_conv2d", "channel_batch_norm", "cross_entropy_difference")
+
+Pair = int | Sequence[int]
+
+
+def conv2d_tap(
+    x: Tensor,
+    coord: Tensor,
+    step: Tensor,
+    *,
+    kernel: Pair,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    out_channels: int,
+) -> Tensor:
+    """Change of one output channel of a conv2d when one of its weights grows.
+
+    delta[p, n, u, v] = step[p] * pad(x)[n, g * Cg + c, u * sh + i * dh - ph, v * sw + j * dw - pw]
+    with (o, c, i, j) = coord[p], g = o // (out_channels / groups), Cg = Cin / groups
+
+    x       [N, Cin, H, W]  base input of the convolution
+    coord   [P, 4] int64    (o, c, i, j), one weight per perturbation; the change is that of output channel o
+    step    [P]             growth of that weight, dtype of x
+    result  [P, N, Ho, Wo]  contiguous, dtype of x
+
+    Exactness: one rounding per output, so all backends agree bit for bit. Padding gives exactly 0.
+    Cost: writes P * N * Ho * Wo values and reads as many; bound by memory traffic.
+    """
+    op = "conv2d_tap"
+    check.of_dtype(op, "x", x, check.FLOATS)
+    check.of_shape(op, "x", x, (None, None, None, None), "[N, Cin, H, W]")
+    check.of_dtype(op, "coord", coord, (torch.int64,))
+    check.of_shape(op, "coord", coord, (None, 4), "[P, 4]")
+    check.of_dtype(op, "step", step, (x.dtype,))
+    check.of_shape(op, "step", step, (coord.shape[0],), "[P]")
+    check.same_device(op, "coord", coord, "x", x)
+    check.same_device(op, "step", step, "x", x)
+    kernel = check.pair(op, "kernel", kernel, 1)
+    stride = check.pair(op, "stride", stride, 1)
+    padding = check.pair(op, "padding", padding, 0)
+    dilation = check.pair(op, "dilation", dilation, 1)
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"dz::{op}: groups must be a divisor of the {channels} channels of x, got {groups}")
+    if out_channels < 1 or out_channels % groups:
+        raise ValueError(f"dz::{op}: out_channels must be a positive multiple of groups = {groups}, got {out_channels}")
+    check.output_size(op, x.shape[2], x.shape[3], kernel, stride, padding, dilation)
+    weight = (out_channels, channels // groups, *kernel)
+    if coord.device.type == "cpu" and coord.shape[0]:
+        low, high = torch.aminmax(coord, dim=0)
+        if int(low.min()) < 0 or any(h >= size for h, size in zip(high.tolist(), weight, strict=True)):
+            bad = int(((coord < 0) | (coord >= torch.tensor(weight))).any(1).nonzero()[0, 0])
+            raise ValueError(
+                f"dz::{op}: coord must be inside the weight {list(weight)}, got coord[{bad}] = {coord[bad].tolist()}"
+            )
+    return backends.run(
+        op, x, x, coord, step, kernel=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        out_channels=out_channels,
+    )  # fmt: skip
+
+
+def channel_conv2d(
+    delta: Tensor,
+    channel: Tensor,
+    weight: Tensor,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A difference that lives in one input channel per perturbation, through a conv2d.
+
+    out[p, n, o, u, v] = sum_ij pad(delta)[p, n, u * sh + i * dh - ph, v * sw + j * dw - pw] * weight[o, c, i, j]
+    with c = channel[p] % Cg for the output channels o of group channel[p] // Cg, and 0 for the others
+
+    delta    [P, N, H, W]           difference of input channel channel[p]
+    channel  [P] int64              0 .. groups * Cg - 1
+    weight   [O, Cg, kh, kw]        of the convolution, dtype of delta
+    result   [P, N, O, Ho, Wo]      a view of contiguous [P, N, Ho, Wo, O] memory (channels last)
+
+    Exactness: a sum of kh * kw products per output, in any order.
+    Cost: 2 * kh * kw operations per output value of the group.
+    """
+    op = "channel_conv2d"
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    check.of_shape(op, "delta", delta, (None, None, None, None), "[P, N, H, W]")
+    check.of_dtype(op, "channel", channel, (torch.int64,))
+    check.of_shape(op, "channel", channel, (delta.shape[0],), "[P]")
+    check.of_dtype(op, "weight", weight, (delta.dtype,))
+    check.of_shape(op, "weight", weight, (None, None, None, None), "[O, Cg, kh, kw]")
+    check.same_device(op, "channel", channel, "delta", delta)
+    check.same_device(op, "weight", weight, "delta", delta)
+    stride = check.pair(op, "stride", stride, 1)
+    padding = check.pair(op, "padding", padding, 0)
+    dilation = check.pair(op, "dilation", dilation, 1)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"dz::{op}: groups must divide the {weight.shape[0]} rows of weight, got {groups}")
+    kernel = (weight.shape[2], weight.shape[3])
+    check.output_size(op, delta.shape[2], delta.shape[3], kernel, stride, padding, dilation)
+    check.in_range(op, "channel", channel, weight.shape[1] * groups, "input channels")
+    return backends.run(
+        op, delta, delta, channel, weight, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
+
+
+def channel_batch_norm(
+    delta: Tensor,
+    channel: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    y: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """A difference that lives in one channel per perturbation, through batch norm with batch statistics (and ReLU).
+
+    With z = x[:, c] - mean[c], c = channel[p], d = delta[p] - mean(delta[p]), s = sqrt(var[c] + eps):
+    dvar = mean(2 z d + d^2), s' = sqrt(var[c] + dvar + eps)
+    dy = gamma[c] * (d / s' - z * dvar / (s * s' * (s + s')))
+    out = dy, or with relu: max(y + dy, 0) - max(y, 0)
+
+    delta    [P, N, H, W]     difference of channel channel[p] of x
+    channel  [P] int64        0 .. C - 1
+    x        [N, C, H, W]     base input of the norm, dtype of delta
+    mean     [C] float64      of x over N, H, W
+    var      [C] float64      biased variance of x over N, H, W
+    gamma    [C]              weight of the norm, float32 or float64; None means 1
+    y        [N, C, H, W]     base output of the norm before the ReLU, dtype of delta; needed with relu only
+    result   [P, N, H, W]     contiguous, dtype of delta
+
+    Exactness: moments are centred and in float64, nothing cancels; where var + dvar would, the variance is taken anew.
+    So each output is off by a few roundings of |gamma| * (|d| / s' + |z dvar| / (s s' (s + s'))).
+    """
+    op = "channel_batch_norm"
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    check.of_shape(op, "delta", delta, (None, None, None, None), "[P, N, H, W]")
+    check.of_dtype(op, "channel", channel, (torch.int64,))
+    check.of_shape(op, "channel", channel, (delta.shape[0],), "[P]")
+    check.of_dtype(op, "x", x, (delta.dtype,))
+    samples, height, width = delta.shape[1:]
+    check.of_shape(op, "x", x, (samples, None, height, width), "[N, C, H, W]")
+    if delta[:1].numel() == 0 and delta.shape[0] != 0:
+        raise ValueError(f"dz::{op}: delta must be non-empty in N, H and W, got {check.shape(delta)}")
+    channels = x.shape[1]
+    for name, tensor in (("mean", mean), ("var", var)):
+        check.of_dtype(op, name, tensor, (torch.float64,))
+        check.of_shape(op, name, tensor, (channels,), "[C]")
+        check.same_device(op, name, tensor, "delta", delta)
+    check.same_device(op, "channel", channel, "delta", delta)
+    check.same_device(op, "x", x, "delta", delta)
+    if gamma is not None:
+        check.of_dtype(op, "gamma", gamma, (torch.float32, torch.float64))
+        check.of_shape(op, "gamma", gamma, (channels,), "[C]")
+        check.same_device(op, "gamma", gamma, "delta", delta)
+    if relu:
+        if y is None:
+            raise ValueError(f"dz::{op}: y must be given with relu=True, got None")
+        check.of_dtype(op, "y", y, (delta.dtype,))
+        check.of_shape(op, "y", y, tuple(x.shape), "[N, C, H, W]")
+        check.same_device(op, "y", y, "delta", delta)
+    if not eps >= 0:
+        raise ValueError(f"dz::{op}: eps must be at least 0, got {eps}")
+    check.in_range(op, "channel", channel, channels, "channels of x")
+    scale = torch.ones_like(mean) if gamma is None else gamma.to(torch.float64)
+    return backends.run(op, delta, delta, channel, x, mean, var, scale, eps=float(eps), y=y if relu else None)
+
+
+def cross_entropy_difference(log_probs: Tensor, target: Tensor, dlogits: Tensor) -> Tensor:
+    """Change of the mean cross-entropy when the logits move.
+
+    out[p] = mean_n(log(sum_k p[n, k] exp(d[k])) - d[target[n]]), d = dlogits[p, n], p = exp(log_probs)
+    computed as log1p(sum_k p[n, k] expm1(d[k] - d[target[n]])), which holds because each row of p sums to 1
+
+    log_probs  [N, K] float64 or float32   log-softmax of the base logits
+    target     [N] int64                   class of each sample
+    dlogits    [P, N, K]                   change of the logits
+    result     [P] float64
+
+    Exactness: float64 throughout, no cancellation for small changes and no overflow for large ones.
+    """
+    op = "cross_entropy_difference"
+    check.of_dtype(op, "log_probs", log_probs, (torch.float64, torch.float32))
+    check.of_shape(op, "log_probs", log_probs, (None, None), "[N, K]")
+    samples, classes = log_probs.shape
+    if samples == 0 or classes == 0:
+        raise ValueError(f"dz::{op}: log_probs must have samples and classes, got {check.shape(log_probs)}")
+    check.of_dtype(op, "target", target, (torch.int64,))
+    check.of_shape(op, "target", target, (samples,), "[N]")
+    check.of_dtype(op, "dlogits", dlogits, check.FLOATS)
+    check.of_shape(op, "dlogits", dlogits, (None, samples, classes), "[P, N, K]")
+    check.same_device(op, "log_probs", log_probs, "dlogits", dlogits)
+    check.same_device(op, "target", target, "dlogits", dlogits)
+    check.in_range(op, "target", target, classes, "classes")
+    return backends.run(op, dlogits, log_probs.to(torch.float64), target, dlogits)

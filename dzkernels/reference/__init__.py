@@ -1,0 +1,1 @@
+"""Plain PyTorch, any floating-point dtype: what each op means."""

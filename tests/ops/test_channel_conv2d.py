@@ -1,0 +1,161 @@
+"""channel_conv2d is a convolution whose input differs in one channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dzkernels
+
+# N, H, W, O, Cg, kernel, stride, padding, dilation, groups
+SHAPES = [
+    pytest.param((2, 8, 8, 16, 3, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="plain"),
+    pytest.param((1, 5, 7, 1, 1, (3, 3), (1, 1), (0, 0), (1, 1), 1), id="one image, one channel"),
+    pytest.param((2, 9, 9, 64, 2, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="64 channels, odd rows"),
+    pytest.param((2, 6, 5, 37, 2, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="37 channels"),
+    pytest.param((2, 11, 10, 38, 2, (3, 2), (3, 2), (1, 0), (1, 1), 2), id="stride 3, groups"),
+    pytest.param((3, 9, 8, 6, 1, (3, 3), (2, 1), (2, 3), (2, 3), 6), id="dilation, depthwise"),
+    pytest.param((2, 1, 1, 10, 4, (1, 1), (1, 1), (0, 0), (1, 1), 1), id="one pixel"),
+    pytest.param((1, 4, 40, 24, 2, (1, 5), (1, 1), (0, 2), (1, 1), 1), id="wide row"),
+]
+
+
+def geometry(shape: tuple[Any, ...]) -> dict[str, Any]:
+    _, _, _, _, _, _, stride, padding, dilation, groups = shape
+    return {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+
+
+def by_dense(delta: Tensor, channel: Tensor, weight: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """conv2d of the dense difference: zero but for one input channel."""
+    _, _, _, _, width, _, stride, padding, dilation, groups = shape
+    outs = []
+    for d, c in zip(delta, channel.tolist(), strict=True):
+        dense = d.new_zeros(d.shape[0], width * groups, *d.shape[1:])
+        dense[:, c] = d
+        outs.append(F.conv2d(dense, weight, None, stride, padding, dilation, groups))
+    return torch.stack(outs)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_is_the_dense_convolution_bit_for_bit(shape: tuple[Any, ...], runner: str, layout: str) -> None:
+    samples, height, width, rows, per_group, kernel, *_, groups = shape
+    delta, channel = small_ints(6, samples, height, width, seed=1) * 0.25, integers([6], per_group * groups, seed=2)
+    weight = small_ints(rows, per_group, *kernel, seed=3)
+    wanted = by_dense(delta, channel, weight, shape)
+    if layout == "channels_last":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        delta, channel, weight = strided(delta), strided(channel), strided(weight)
+    with running(runner):
+        got = dzkernels.channel_conv2d(delta, channel, weight, **geometry(shape))
+    assert got.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert_exact(got, wanted)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_data_is_within_its_roundings(shape: tuple[Any, ...], runner: str) -> None:
+    """kh kw products and as many sums: each output is off by at most kh kw + 1 roundings of the sum of magnitudes."""
+    samples, height, width, rows, per_group, kernel, *_, groups = shape
+    delta, channel = normal(5, samples, height, width, seed=1), integers([5], per_group * groups, seed=2)
+    weight = normal(rows, per_group, *kernel, seed=3)
+    wanted = by_dense(delta.double(), channel, weight.double(), shape)
+    bound = by_dense(delta.double().abs(), channel, weight.double().abs(), shape)
+    with running(runner):
+        got = dzkernels.channel_conv2d(delta, channel, weight, **geometry(shape))
+    assert_bounded(got, wanted, (kernel[0] * kernel[1] + 1) * UNIT[torch.float32] * bound)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_geometry(data: st.DataObject) -> None:
+    def draw(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    groups = draw(1, 3)
+    kernel, stride = (draw(1, 4), draw(1, 4)), (draw(1, 4), draw(1, 4))
+    padding, dilation = (draw(0, 4), draw(0, 4)), (draw(1, 3), draw(1, 3))
+    height, width = draw(1, 9), draw(1, 20)
+    assume(height + 2 * padding[0] > dilation[0] * (kernel[0] - 1))
+    assume(width + 2 * padding[1] > dilation[1] * (kernel[1] - 1))
+    shape = (draw(1, 3), height, width, groups * draw(1, 40), draw(1, 3), kernel, stride, padding, dilation, groups)
+    delta, channel = small_ints(3, shape[0], height, width, seed=1), integers([3], shape[4] * groups, seed=2)
+    weight = small_ints(shape[3], shape[4], *kernel, seed=3)
+    wanted = by_dense(delta, channel, weight, shape)
+    for runner in RUNNERS:
+        with running(runner):
+            assert_exact(dzkernels.channel_conv2d(delta, channel, weight, **geometry(shape)), wanted)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_no_and_one_perturbation(runner: str) -> None:
+    weight = small_ints(6, 2, 3, 3, seed=0)
+    with running(runner):
+        for count in (0, 1):
+            got = dzkernels.channel_conv2d(torch.ones(count, 2, 5, 5), torch.zeros(count, dtype=torch.int64), weight)
+            assert got.shape == (count, 2, 6, 3, 3)
+        assert_exact(got[0, 0, :, 1, 1], weight[:, 0].sum((1, 2)))
+
+
+@pytest.mark.parametrize("runner", [runner for runner in RUNNERS if runner != "reference"])
+def test_threads_do_not_matter(runner: str) -> None:
+    delta, channel, weight = normal(5, 3, 9, 9, seed=1), integers([5], 4, seed=2), normal(20, 4, 3, 3, seed=3)
+    with running(runner):
+        wanted = dzkernels.channel_conv2d(delta, channel, weight, padding=1)
+        torch.set_num_threads(3)
+        assert_exact(dzkernels.channel_conv2d(delta, channel, weight, padding=1), wanted)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_nan_stays_where_it_belongs(runner: str) -> None:
+    delta = torch.zeros(2, 1, 5, 5)
+    delta[0, 0, 0, 0] = float("nan")
+    with running(runner):
+        got = dzkernels.channel_conv2d(delta, torch.zeros(2, dtype=torch.int64), torch.ones(17, 1, 3, 3))
+    assert got[0, 0, :, 0, 0].isnan().all()
+    assert int(got.isnan().sum()) == 17
+
+
+GOOD: dict[str, Any] = {
+    "delta": torch.zeros(3, 2, 5, 5),
+    "channel": torch.zeros(3, dtype=torch.int64),
+    "weight": torch.zeros(6, 2, 3, 3),
+    "groups": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"delta": None}, TypeError, r"dz::channel_conv2d: delta must be a tensor, got NoneType"),
+        ({"delta": torch.zeros(3, 5, 5)}, ValueError, r"delta must be of shape \[P, N, H, W\], got \[3, 5, 5\]"),
+        ({"channel": torch.zeros(3)}, TypeError, r"channel must be int64, got float32"),
+        (
+            {"channel": torch.zeros(4, dtype=torch.int64)},
+            ValueError,
+            r"channel must be of shape \[P\] = \[3\], got \[4\]",
+        ),
+        ({"channel": torch.tensor([0, 4, 1])}, ValueError, r"channel must be in 0..3 \(input channels\), got 4"),
+        ({"channel": torch.tensor([0, -2, 1])}, ValueError, r"channel must be in 0..3 \(input channels\), got -2"),
+        ({"weight": torch.zeros(6, 2, 3, 3).double()}, TypeError, r"weight must be float32, got float64"),
+        ({"weight": torch.zeros(6, 2, 3)}, ValueError, r"weight must be of shape \[O, Cg, kh, kw\], got \[6, 2, 3\]"),
+        ({"weight": torch.zeros(6, 2, 3, 3, device="meta")}, ValueError, r"weight must be on cpu like delta, got meta"),
+        ({"stride": (1, 0)}, ValueError, r"stride must be one or two integers of at least 1, got \(1, 0\)"),
+        ({"padding": -1}, ValueError, r"padding must be one or two integers of at least 0, got -1"),
+        ({"dilation": 0}, ValueError, r"dilation must be one or two integers of at least 1, got 0"),
+        ({"groups": 4}, ValueError, r"groups must divide the 6 rows of weight, got 4"),
+        ({"dilation": 3}, ValueError, r"kernel must be at most the padded input \[5, 5\], got \[3, 3\] with dilation"),
+    ],
+)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dzkernels.channel_conv2d(**{**GOOD, **change})
