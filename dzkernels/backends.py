@@ -81,6 +81,17 @@ _REFUSALS: dict[str, Callable[[torch.device | None, torch.dtype | None], str | N
 }
 
 
+@functools.cache
+def has_kernel(backend: str, op: str) -> bool:
+    return importlib.util.find_spec(f"dzkernels.{backend}.{op}") is not None
+
+
+def _refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if not has_kernel(backend, op):
+        return f"it has no kernel for {op}"
+    return _REFUSALS[backend](device, dtype)
+
+
 def available_backends() -> tuple[str, ...]:
     """The backends that can run on this machine."""
     return tuple(name for name in BACKENDS if _REFUSALS[name](None, None) is None)
@@ -121,7 +132,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs `op` on tensors of `device` and `dtype`."""
     forced = _forced.get() or os.environ.get("DZ_BACKEND")
     if forced:
-        reason = _REFUSALS[_check_name(forced, "DZ_BACKEND")](device, dtype)
+        reason = _refusal(_check_name(forced, "DZ_BACKEND"), op, device, dtype)
         if reason is not None:
             raise BackendError(
                 f"dz::{op}: backend {forced!r} was requested but {reason}. "
@@ -136,7 +147,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
     else:
         refusals = {}
         for chosen in BACKENDS:
-            refused_here = _REFUSALS[chosen](device, dtype)
+            refused_here = _refusal(chosen, op, device, dtype)
             if refused_here is None:
                 break
             if chosen != "cpu":

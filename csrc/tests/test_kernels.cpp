@@ -1,0 +1,275 @@
+// Drives every CPU kernel at every instruction set level of this machine, and every CUDA kernel as plain C++, against
+// straightforward loops. Built with the address and undefined-behaviour sanitizers by .ci/run: buffers have exactly the
+// size that the contract gives them, so one element too many is an error.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cuda/channel_batch_norm.cuh"
+#include "cuda/channel_conv2d.cuh"
+#include "cuda/conv2d_tap.cuh"
+#include "cuda/cross_entropy_difference.cuh"
+
+namespace {
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+using Indices = std::vector<int64_t>;
+
+int checks = 0;
+
+// Fails on NaN as well.
+template <typename T>
+void compare(const std::string& what, const std::vector<T>& got, const std::vector<T>& wanted, double tolerance) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    const double difference = std::fabs(static_cast<double>(got[i]) - static_cast<double>(wanted[i]));
+    if (!(difference <= tolerance * (1 + std::fabs(static_cast<double>(wanted[i]))))) {
+      std::fprintf(stderr, "%s: element %zu is %.9g, wanted %.9g\n", what.c_str(), i, static_cast<double>(got[i]),
+                   static_cast<double>(wanted[i]));
+      std::exit(1);
+    }
+  }
+  ++checks;
+}
+
+std::mt19937 random_bits(1);
+
+int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
+
+Floats small_ints(int64_t size) {
+  Floats values(static_cast<size_t>(size));
+  for (float& v : values) v = static_cast<float>(draw(-4, 4));
+  return values;
+}
+
+Floats normals(int64_t size, float scale) {
+  std::normal_distribution<float> normal;
+  Floats values(static_cast<size_t>(size));
+  for (float& v : values) v = scale * normal(random_bits);
+  return values;
+}
+
+Floats poisoned(int64_t size) { return Floats(static_cast<size_t>(size), NAN); }
+
+struct Geometry {
+  int64_t P, N, H, W, O, C, groups, kh, kw, sh, sw, ph, pw, dh, dw, Ho, Wo;
+};
+
+Geometry any_geometry() {
+  for (;;) {
+    Geometry g{};
+    g.P = draw(0, 4), g.N = draw(1, 3), g.H = draw(1, 9), g.W = draw(1, 20), g.groups = draw(1, 3);
+    g.O = g.groups * draw(1, 40), g.C = g.groups * draw(1, 3);
+    g.kh = draw(1, 4), g.kw = draw(1, 4), g.sh = draw(1, 3), g.sw = draw(1, 3);
+    g.ph = draw(0, 3), g.pw = draw(0, 3), g.dh = draw(1, 3), g.dw = draw(1, 3);
+    const int64_t free_h = g.H + 2 * g.ph - g.dh * (g.kh - 1) - 1, free_w = g.W + 2 * g.pw - g.dw * (g.kw - 1) - 1;
+    if (free_h < 0 || free_w < 0) continue;
+    g.Ho = free_h / g.sh + 1, g.Wo = free_w / g.sw + 1;
+    return g;
+  }
+}
+
+// Contiguous and channels-last strides of [N, C, H, W].
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+Strides strides(int64_t C, int64_t H, int64_t W, bool channels_last) {
+  return channels_last ? Strides{C * H * W, 1, W * C, C} : Strides{C * H * W, H * W, W, 1};
+}
+
+void test_conv2d_tap(const Geometry& g, bool channels_last) {
+  const int64_t Cg = g.C / g.groups, Og = g.O / g.groups;
+  const Strides s = strides(g.C, g.H, g.W, channels_last);
+  const Floats x = small_ints(g.N * g.C * g.H * g.W), step = small_ints(g.P);
+  Indices coord;
+  for (int64_t p = 0; p < g.P; ++p) {
+    for (const int64_t size : {g.O, Cg, g.kh, g.kw}) coord.push_back(draw(0, size - 1));
+  }
+  Floats wanted;
+  for (int64_t p = 0; p < g.P; ++p) {
+    const int64_t* at = coord.data() + 4 * p;
+    for (int64_t n = 0; n < g.N; ++n) {
+      for (int64_t u = 0; u < g.Ho; ++u) {
+        for (int64_t v = 0; v < g.Wo; ++v) {
+          const int64_t h = u * g.sh + at[2] * g.dh - g.ph, w = v * g.sw + at[3] * g.dw - g.pw;
+          const bool inside = h >= 0 && h < g.H && w >= 0 && w < g.W;
+          const int64_t c = at[0] / Og * Cg + at[1];
+          wanted.push_back(inside ? step[p] * x[n * s.n + c * s.c + h * s.h + w * s.w] : 0.0f);
+        }
+      }
+    }
+  }
+  Floats out = poisoned(static_cast<int64_t>(wanted.size()));
+  dz::kernels().conv2d_tap(x.data(), coord.data(), step.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo, s.n, s.c,
+                           s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og);
+  compare("conv2d_tap " + dz::isa(), out, wanted, 0);
+  out = poisoned(static_cast<int64_t>(wanted.size()));
+  launch_on_host(dz::conv2d_tap_kernel, static_cast<unsigned>(g.P * g.N), 2, 0, x.data(), coord.data(), step.data(),
+                 out.data(), g.N, g.H, g.W, g.Ho, g.Wo, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og);
+  compare("conv2d_tap cuda on host", out, wanted, 0);
+}
+
+void test_channel_conv2d(const Geometry& g, bool channels_last) {
+  const int64_t Cg = g.C / g.groups, Og = g.O / g.groups;
+  const Strides s = strides(Cg, g.kh, g.kw, channels_last);
+  const Floats delta = small_ints(g.P * g.N * g.H * g.W), weight = small_ints(g.O * Cg * g.kh * g.kw);
+  Indices channel;
+  for (int64_t p = 0; p < g.P; ++p) channel.push_back(draw(0, g.C - 1));
+  Floats wanted;
+  for (int64_t p = 0; p < g.P; ++p) {
+    const int64_t group = channel[p] / Cg, c = channel[p] % Cg;
+    for (int64_t n = 0; n < g.N; ++n) {
+      for (int64_t pixel = 0; pixel < g.Ho * g.Wo; ++pixel) {
+        for (int64_t o = 0; o < g.O; ++o) {
+          float sum = 0;
+          for (int64_t t = 0; t < g.kh * g.kw && o / Og == group; ++t) {
+            const int64_t i = t / g.kw, j = t % g.kw;
+            const int64_t h = pixel / g.Wo * g.sh + i * g.dh - g.ph, w = pixel % g.Wo * g.sw + j * g.dw - g.pw;
+            if (h < 0 || h >= g.H || w < 0 || w >= g.W) continue;
+            sum += delta[((p * g.N + n) * g.H + h) * g.W + w] * weight[o * s.n + c * s.c + i * s.h + j * s.w];
+          }
+          wanted.push_back(sum);
+        }
+      }
+    }
+  }
+  const int64_t size = static_cast<int64_t>(wanted.size());
+  Floats out = poisoned(size);
+  dz::kernels().channel_conv2d(delta.data(), channel.data(), weight.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo,
+                               g.O, g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og);
+  compare("channel_conv2d " + dz::isa(), out, wanted, 0);
+  for (const bool staged : {false, true}) {
+    out = poisoned(size);
+    launch_on_host(dz::channel_conv2d_kernel, static_cast<unsigned>(g.P * g.N), 3,
+                   staged ? static_cast<size_t>(g.kh * g.kw * Og) * sizeof(float) : 0, delta.data(), channel.data(),
+                   weight.data(), out.data(), g.N, g.H, g.W, g.Ho, g.Wo, g.O, g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh,
+                   g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, staged);
+    compare("channel_conv2d cuda on host", out, wanted, 0);
+  }
+}
+
+void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t W, float scale, bool channels_last,
+                             bool relu) {
+  const int64_t M = N * H * W;
+  const double eps = 1e-5;
+  const Strides s = strides(C, H, W, channels_last);
+  const Floats x = normals(N * C * H * W, 1), delta = normals(P * M, scale);
+  Floats y(x.size());
+  const auto at = [&](int64_t c, int64_t m) {
+    return static_cast<size_t>(m / (H * W) * s.n + c * s.c + m / W % H * s.h + m % W * s.w);
+  };
+  Doubles mean(static_cast<size_t>(C)), var(static_cast<size_t>(C)), gamma;
+  for (int64_t c = 0; c < C; ++c) {
+    for (int64_t m = 0; m < M; ++m) mean[c] += x[at(c, m)] / static_cast<double>(M);
+    for (int64_t m = 0; m < M; ++m) var[c] += std::pow(x[at(c, m)] - mean[c], 2) / static_cast<double>(M);
+    gamma.push_back(0.5 + static_cast<double>(c));
+    for (int64_t m = 0; m < M; ++m) {
+      y[at(c, m)] = static_cast<float>(gamma[c] * (x[at(c, m)] - mean[c]) / std::sqrt(var[c] + eps) + 0.25);
+    }
+  }
+  Indices channel;
+  Floats wanted;
+  for (int64_t p = 0; p < P; ++p) {
+    const int64_t c = draw(0, C - 1);
+    channel.push_back(c);
+    double moved_mean = 0, moved_var = 0;
+    for (int64_t m = 0; m < M; ++m)
+      moved_mean += (x[at(c, m)] + static_cast<double>(delta[p * M + m])) / static_cast<double>(M);
+    for (int64_t m = 0; m < M; ++m) {
+      moved_var +=
+          std::pow(x[at(c, m)] + static_cast<double>(delta[p * M + m]) - moved_mean, 2) / static_cast<double>(M);
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      const double base = gamma[c] * (x[at(c, m)] - mean[c]) / std::sqrt(var[c] + eps);
+      const double moved = x[at(c, m)] + static_cast<double>(delta[p * M + m]) - moved_mean;
+      const double dy = gamma[c] * moved / std::sqrt(moved_var + eps) - base;
+      const double from = y[at(c, m)];
+      wanted.push_back(static_cast<float>(relu ? std::fmax(from + dy, 0) - std::fmax(from, 0) : dy));
+    }
+  }
+  const float* base_output = relu ? y.data() : nullptr;
+  Floats out = poisoned(P * M);
+  dz::kernels().channel_batch_norm(delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
+                                   base_output, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c, s.h, s.w);
+  compare("channel_batch_norm " + dz::isa(), out, wanted, 4e-6);
+  out = poisoned(P * M);
+  launch_on_host(dz::channel_batch_norm_kernel, static_cast<unsigned>(P), 1, sizeof(double), delta.data(),
+                 channel.data(), x.data(), mean.data(), var.data(), gamma.data(), base_output, out.data(), eps, N, H, W,
+                 s.n, s.c, s.h, s.w, s.n, s.c, s.h, s.w);
+  compare("channel_batch_norm cuda on host", out, wanted, 4e-6);
+}
+
+void test_cross_entropy_difference(int64_t P, int64_t N, int64_t K, float scale) {
+  const Floats logits = normals(N * K, 2), dlogits = normals(P * N * K, scale);
+  Doubles log_probs, probs;
+  Indices target;
+  const auto log_sum = [K](const auto& value) {
+    double top = -HUGE_VAL, sum = 0;
+    for (int64_t k = 0; k < K; ++k) top = std::fmax(top, value(k));
+    for (int64_t k = 0; k < K; ++k) sum += std::exp(value(k) - top);
+    return top + std::log(sum);
+  };
+  for (int64_t n = 0; n < N; ++n) {
+    const double total = log_sum([&](int64_t k) { return static_cast<double>(logits[n * K + k]); });
+    for (int64_t k = 0; k < K; ++k)
+      log_probs.push_back(logits[n * K + k] - total), probs.push_back(std::exp(log_probs.back()));
+    target.push_back(draw(0, K - 1));
+  }
+  Doubles wanted;
+  for (int64_t p = 0; p < P; ++p) {
+    double total = 0;
+    for (int64_t n = 0; n < N; ++n) {
+      const float* d = dlogits.data() + (p * N + n) * K;
+      total += log_sum([&](int64_t k) { return log_probs[n * K + k] + d[k]; }) - d[target[n]];
+    }
+    wanted.push_back(total / static_cast<double>(N));
+  }
+  Doubles out(static_cast<size_t>(P), NAN);
+  dz::kernels().cross_entropy_difference(log_probs.data(), probs.data(), target.data(), dlogits.data(), out.data(), P,
+                                         N, K);
+  compare("cross_entropy_difference " + dz::isa(), out, wanted, 1e-13);
+  out = Doubles(static_cast<size_t>(P), NAN);
+  launch_on_host(dz::cross_entropy_difference_kernel, static_cast<unsigned>(P), 1, sizeof(double), log_probs.data(),
+                 probs.data(), target.data(), dlogits.data(), out.data(), N, K);
+  compare("cross_entropy_difference cuda on host", out, wanted, 1e-13);
+}
+
+}  // namespace
+
+int main() {
+  for (const std::string& level : dz::isa_built()) {
+    const std::string refusal = dz::isa_refusal(level);
+    if (!refusal.empty()) {
+      std::printf("level %s skipped: %s\n", level.c_str(), refusal.c_str());
+      continue;
+    }
+    dz::set_isa(level);
+    for (int round = 0; round < 150; ++round) {
+      const Geometry g = any_geometry();
+      test_conv2d_tap(g, round % 2 != 0);
+      test_channel_conv2d(g, round % 2 != 0);
+    }
+    for (int round = 0; round < 40; ++round) {
+      test_channel_batch_norm(draw(0, 5), draw(2, 4), draw(1, 3), draw(1, 7), draw(2, 9), round % 3 == 0 ? 1e-3f : 1.0f,
+                              round % 2 != 0, round % 4 < 2);
+      test_cross_entropy_difference(draw(0, 5), draw(1, 40), draw(1, 70), round % 3 == 0 ? 1e-3f : 30.0f);
+    }
+    test_channel_batch_norm(2, 5, 2, 40, 43, 1.0f, true, true);  // several blocks
+    test_cross_entropy_difference(2, 3, 3000, 1.0f);             // a row longer than a chunk
+  }
+  bool refused = false;
+  try {
+    dz::set_isa("v9");
+  } catch (const std::invalid_argument&) {
+    refused = true;
+  }
+  if (!refused) return 1;
+  std::printf("%d comparisons passed\n", checks);
+  return 0;
+}

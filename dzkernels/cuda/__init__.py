@@ -1,0 +1,33 @@
+"""CUDA kernels: allocate the result and hand addresses to dzkernels._cuda, on the current stream."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .._load import cuda_library
+
+
+def launch(op: str, *args: Tensor | int | float | None) -> None:
+    """Call dz_<op> with the addresses of tensors (None: null), 64-bit integers and doubles, on the current stream."""
+    library = cuda_library()
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    converted: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double] = []
+    for arg in args:
+        if arg is None:
+            converted.append(ctypes.c_void_p(None))
+        elif isinstance(arg, Tensor):
+            converted.append(ctypes.c_void_p(arg.data_ptr()))
+        elif isinstance(arg, float):
+            converted.append(ctypes.c_double(arg))
+        else:
+            converted.append(ctypes.c_int64(arg))
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        code = getattr(library, f"dz_{op}")(*converted, stream)
+    if code != 0:
+        text = library.dz_cuda_error
+        text.restype = ctypes.c_char_p
+        raise RuntimeError(f"dz::{op}: the CUDA launch failed: {text(code).decode()} (error {code})")

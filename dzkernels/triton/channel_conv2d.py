@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._check import output_size
+
+Size = tuple[int, int]
+
+
+@triton.jit
+def _kernel(
+    delta, channel, weight, out, N, H, W, Ho, Wo, O, wo, wc, wh, ww, in_per_group, out_per_group,
+    KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    plane = tl.program_id(0).to(tl.int64)  # p * N + n
+    c = tl.load(channel + plane // N)
+    first = c // in_per_group * out_per_group  # first output channel of the group
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o = tl.program_id(2) * BLOCK_O + tl.arange(0, BLOCK_O)
+    own = (o >= first) & (o < first + out_per_group)
+    total = tl.zeros((BLOCK, BLOCK_O), dtype=tl.float32)
+    for i in tl.static_range(KH):
+        for j in tl.static_range(KW):
+            row = pixel // Wo * STRIDE_H + i * DIL_H - PAD_H
+            column = pixel % Wo * STRIDE_W + j * DIL_W - PAD_W
+            inside = (pixel < Ho * Wo) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+            d = tl.load(delta + plane * H * W + row * W + column, mask=inside, other=0.0)
+            w = tl.load(weight + o * wo + c % in_per_group * wc + i * wh + j * ww, mask=own, other=0.0)
+            # Outside the group nothing may pass, not even a NaN of delta times the zero of a masked weight.
+            total += tl.where(own[None, :], d[:, None] * w[None, :], 0.0)
+    where = plane * Ho * Wo * O + pixel[:, None] * O + o[None, :]
+    tl.store(out + where, total, mask=(pixel < Ho * Wo)[:, None] & (o < O)[None, :])
+
+
+def channel_conv2d(
+    delta: Tensor, channel: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int
+) -> Tensor:
+    perturbations, samples, height, width = delta.shape
+    channels, per_group, kernel_h, kernel_w = weight.shape
+    rows, columns = output_size("channel_conv2d", height, width, (kernel_h, kernel_w), stride, padding, dilation)
+    delta, channel = delta.contiguous(), channel.contiguous()
+    out = torch.empty(perturbations, samples, rows, columns, channels, dtype=delta.dtype, device=delta.device)
+    if out.numel() > 0:
+        block = min(64, triton.next_power_of_2(rows * columns))
+        block_o = min(64, triton.next_power_of_2(channels))
+        grid = (perturbations * samples, triton.cdiv(rows * columns, block), triton.cdiv(channels, block_o))
+        _kernel[grid](
+            delta, channel, weight, out, samples, height, width, rows, columns, channels, *weight.stride(), per_group,
+            channels // groups, kernel_h, kernel_w, *stride, *padding, *dilation, BLOCK=block, BLOCK_O=block_o,
+        )  # fmt: skip
+    return out.permute(0, 1, 4, 2, 3)

@@ -1,0 +1,145 @@
+"""Choosing a backend: an explicit choice runs or raises, the automatic one explains itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import dzkernels
+from dzkernels import backends
+
+
+def run(dtype: torch.dtype = torch.float32) -> Tensor:
+    one = torch.ones(1, 1, 3, 3, dtype=dtype)
+    return dzkernels.channel_conv2d(one, torch.zeros(1, dtype=torch.int64), one)
+
+
+def chosen(dtype: torch.dtype = torch.float32) -> str:
+    return backends.choose("channel_conv2d", torch.device("cpu"), dtype)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_logged", set())
+
+
+def test_cpu_tensors_run_on_the_cpu_kernels_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    assert run().item() == 9
+    assert chosen() == "cpu"
+    assert not caplog.records
+
+
+def test_a_fallback_is_logged_once_per_op_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="dzkernels"):
+        assert run(torch.float64).dtype == torch.float64
+        run(torch.float64)
+        dzkernels.conv2d_tap(
+            torch.ones(1, 1, 1, 1).double(),
+            torch.zeros(1, 4, dtype=torch.int64),
+            torch.ones(1).double(),
+            kernel=1,
+            out_channels=1,
+        )
+    reason = "because better ones cannot (cpu: its kernels are float32, the tensors are float64)"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"dz::channel_conv2d runs on backend 'reference' {reason}",
+        f"dz::conv2d_tap runs on backend 'reference' {reason}",
+    ]
+
+
+def test_forcing_by_environment_and_by_block(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("DZ_BACKEND", "reference")
+    assert chosen() == "reference"
+    with dzkernels.use_backend("cpu"):
+        assert chosen() == "cpu"
+        with dzkernels.use_backend("reference"):
+            assert chosen() == "reference"
+        assert chosen() == "cpu"
+    assert chosen() == "reference"
+    assert run().item() == 9
+    assert not caplog.records
+
+
+def test_a_forced_backend_that_cannot_run_raises() -> None:
+    with (
+        dzkernels.use_backend("cpu"),
+        pytest.raises(
+            dzkernels.BackendError,
+            match=r"dz::channel_conv2d: backend 'cpu' was requested but its kernels are float32, the tensors are float64\. "
+            r"Available here: .*cpu, reference",
+        ),
+    ):
+        run(torch.float64)
+    with (
+        dzkernels.use_backend("cuda"),
+        pytest.raises(dzkernels.BackendError, match=r"backend 'cuda' was requested but the tensors are on cpu"),
+    ):
+        run()
+
+
+def test_a_backend_without_the_op_says_so() -> None:
+    lp = torch.zeros(1, 1)
+    if backends.has_kernel("triton", "cross_entropy_difference"):
+        pytest.fail("there is one now: test another op here")
+    with (
+        dzkernels.use_backend("triton"),
+        pytest.raises(
+            dzkernels.BackendError,
+            match="backend 'triton' was requested but it has no kernel for cross_entropy_difference",
+        ),
+    ):
+        dzkernels.cross_entropy_difference(lp, torch.zeros(1, dtype=torch.int64), lp[None])
+
+
+def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(ValueError, match="use_backend: name must be one of cuda, triton, cpu, reference, got 'tpu'"),
+        dzkernels.use_backend("tpu"),
+    ):
+        pass
+    monkeypatch.setenv("DZ_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="DZ_BACKEND must be one of cuda, triton, cpu, reference, got 'gpu'"):
+        run()
+
+
+def test_available_backends_are_in_order_and_end_with_the_reference() -> None:
+    names = dzkernels.available_backends()
+    assert list(names) == [name for name in dzkernels.BACKENDS if name in names]
+    assert names[-2:] == ("cpu", "reference")
+
+
+def test_cuda_tensors_fall_back_in_order(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a GPU only the choice can be tested: refusals are stubbed, the order and the message are real."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setitem(backends._REFUSALS, "cuda", lambda device, dtype: "no driver")
+    monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: None)
+    with caplog.at_level(logging.WARNING, logger="dzkernels"):
+        assert backends.choose("conv2d_tap", device, torch.float32) == "triton"
+        assert backends.choose("channel_batch_norm", device, torch.float32) == "reference"
+    assert [record.getMessage() for record in caplog.records] == [
+        "dz::conv2d_tap runs on backend 'triton' because better ones cannot (cuda: no driver)",
+        "dz::channel_batch_norm runs on backend 'reference' because better ones cannot "
+        "(cuda: no driver; triton: it has no kernel for channel_batch_norm)",
+    ]
+    monkeypatch.setitem(backends._REFUSALS, "cuda", lambda device, dtype: None)
+    assert backends.choose("conv2d_tap", device, torch.float32) == "cuda"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_kernels_in_the_interpreter() -> None:
+    """In a process of its own: triton decides at import whether to interpret."""
+    script = Path(__file__).with_name("interpret_triton.py")
+    environ = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, str(script)], env=environ, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("all equal\n")

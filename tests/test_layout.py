@@ -1,0 +1,75 @@
+"""One op, one stem: every op has the same file in every place where it must have one, and nothing else lies there."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import dzkernels
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(dzkernels.__file__).parent
+
+# Folder and suffix; each must hold exactly one file per op.
+COMPLETE = [
+    (PACKAGE / "reference", ".py"),
+    (PACKAGE / "cpu", ".py"),
+    (PACKAGE / "cuda", ".py"),
+    (ROOT / "csrc" / "cuda", ".cuh"),
+]
+SHARED = {"__init__", "common", "compile_all"}
+
+
+def stems(folder: Path, suffix: str) -> set[str]:
+    return {path.stem for path in folder.glob(f"*{suffix}")} - SHARED
+
+
+@pytest.mark.parametrize(("folder", "suffix"), COMPLETE, ids=lambda value: str(getattr(value, "name", value)))
+def test_every_op_and_nothing_else(folder: Path, suffix: str) -> None:
+    assert stems(folder, suffix) == set(dzkernels.OPS)
+
+
+def test_cpu_sources_and_tests() -> None:
+    assert stems(ROOT / "csrc" / "cpu", ".cpp") - {"table", "dispatch"} == set(dzkernels.OPS)
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
+    assert set(dzkernels.OPS) <= tests
+
+
+def test_triton_files_are_ops() -> None:
+    assert stems(PACKAGE / "triton", ".py") <= set(dzkernels.OPS)
+
+
+def test_the_native_list_names_the_same_ops() -> None:
+    header = (ROOT / "csrc" / "cpu" / "ops.h").read_text()
+    assert set(re.findall(r"^ *OP\((\w+),", header, re.M)) == set(dzkernels.OPS)
+    library = (ROOT / "csrc" / "cuda" / "library.cu").read_text()
+    assert set(re.findall(r'#include "(\w+)\.cuh"', library)) == set(dzkernels.OPS)
+    stub = (PACKAGE / "_C.pyi").read_text()
+    for op in dzkernels.OPS:
+        assert f"def {op}(" in stub
+        assert hasattr(importlib.import_module("dzkernels._C"), op)
+
+
+@pytest.mark.parametrize("op", dzkernels.OPS)
+def test_an_op_is_public_has_a_contract_and_one_signature(op: str) -> None:
+    function = getattr(dzkernels, op)
+    assert op in dzkernels.__all__
+    for part in ("result", "Exactness:"):
+        assert part in (function.__doc__ or ""), f"the contract of {op} does not say {part!r}"
+    signatures = {
+        backend: str(inspect.signature(getattr(importlib.import_module(f"dzkernels.{backend}.{op}"), op)))
+        for backend in ("reference", "cpu", "cuda")
+    }
+    assert len({text.replace("Size", "tuple[int, int]") for text in signatures.values()}) == 1, signatures
+
+
+def test_imports_point_one_way() -> None:
+    """deepzero -> dzkernels -> dzkernels._C; no framework header in csrc."""
+    for path in PACKAGE.rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) deepzero", path.read_text(), re.M), path
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert not re.search(r"#include <(torch|ATen|c10)", path.read_text()), path
