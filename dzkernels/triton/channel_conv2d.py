@@ -12,7 +12,7 @@ Size = tuple[int, int]
 
 @triton.jit
 def _kernel(
-    delta, channel, weight, out, N, H, W, Ho, Wo, O, wo, wc, wh, ww, in_per_group, out_per_group,
+    delta, channel, weight, out, N, H, W, Ho, Wo, channels, wo, wc, wh, ww, in_per_group, out_per_group,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -33,8 +33,8 @@ def _kernel(
             w = tl.load(weight + o * wo + c % in_per_group * wc + i * wh + j * ww, mask=own, other=0.0)
             # Outside the group nothing may pass, not even a NaN of delta times the zero of a masked weight.
             total += tl.where(own[None, :], d[:, None] * w[None, :], 0.0)
-    where = plane * Ho * Wo * O + pixel[:, None] * O + o[None, :]
-    tl.store(out + where, total, mask=(pixel < Ho * Wo)[:, None] & (o < O)[None, :])
+    where = (plane * Ho * Wo + pixel[:, None]) * channels + o[None, :]
+    tl.store(out + where, total, mask=(pixel < Ho * Wo)[:, None] & (o < channels)[None, :])
 
 
 def channel_conv2d(

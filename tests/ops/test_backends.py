@@ -73,8 +73,8 @@ def test_a_forced_backend_that_cannot_run_raises() -> None:
         dzkernels.use_backend("cpu"),
         pytest.raises(
             dzkernels.BackendError,
-            match=r"dz::channel_conv2d: backend 'cpu' was requested but its kernels are float32, the tensors are float64\. "
-            r"Available here: .*cpu, reference",
+            match=r"dz::channel_conv2d: backend 'cpu' was requested but its kernels are float32, "
+            r"the tensors are float64\. Available here: .*cpu, reference",
         ),
     ):
         run(torch.float64)
