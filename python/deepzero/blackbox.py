@@ -1,4 +1,4 @@
-"""Opaque functions inside a model or an objective: simulators, remote classifiers, anything that only returns numbers."""
+"""Opaque functions inside a model or an objective: simulators, remote classifiers, whatever only returns numbers."""
 
 from __future__ import annotations
 
@@ -86,11 +86,8 @@ def _rule(run: Block, node: fx.Node) -> Carrier:
         rows = []
         for arg in args:  # type: ignore[union-attr]
             base, d = run.exact(arg), run.d(arg)
-            if d is Zero:
-                moved = base.unsqueeze(0).expand(run.count, *base.shape)
-            else:
-                moved = base.double() + dense(d).double()
-            rows.append(moved.flatten(0, 1))
+            still = base.unsqueeze(0).expand(run.count, *base.shape)
+            rows.append((still if d is Zero else still.double() + dense(d).double()).flatten(0, 1))
         after = box.evaluate(rows).unflatten(0, (run.count, -1))
     else:
         after = torch.stack(

@@ -212,9 +212,7 @@ class Engine:
     ) -> Tensor:
         """Loss differences [P] float64 when the named parameters move as given."""
         seeds = {node: c for name, c in moved.items() for node in base.graph.placeholders(name)}
-        return run_block(
-            base, suffix, seeds, count, operands=self.operands, strict=self.strict, observe=observe
-        )
+        return run_block(base, suffix, seeds, count, operands=self.operands, strict=self.strict, observe=observe)
 
     def suffix(self, graph: Graph, names: Sequence[str]) -> tuple[fx.Node, ...]:
         return reach(graph, names)

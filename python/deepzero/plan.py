@@ -116,10 +116,19 @@ class Plan:
 
     def __str__(self) -> str:
         if self.reason:
-            return (
-                f"The model runs whole as a black box, {self.queries:,} full forward passes an estimate:\n  {self.reason}"
-            )
-        head = ("parameter", "shape", "coordinates", "ops", "travels as", "MFLOP/query", "block", "KiB/query", "share")
+            head = f"The model runs whole as a black box, {self.queries:,} full forward passes an estimate:"
+            return f"{head}\n  {self.reason}"
+        titles = (
+            "parameter",
+            "shape",
+            "coordinates",
+            "ops",
+            "travels as",
+            "MFLOP/query",
+            "block",
+            "KiB/query",
+            "share",
+        )
         total = self.seconds or 1.0
         rows = [
             (
@@ -135,8 +144,8 @@ class Plan:
             )
             for line in self.lines
         ]
-        widths = [max(len(r[k]) for r in [head, *rows]) for k in range(len(head))]
-        text = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, *rows]]
+        widths = [max(len(r[k]) for r in [titles, *rows]) for k in range(len(titles))]
+        text = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [titles, *rows]]
         text.insert(1, "  ".join("-" * w for w in widths))
         rate = self.queries / self.seconds if self.seconds else 0.0
         text.append(
@@ -151,4 +160,3 @@ class Plan:
 
 def missing_rules(suffix: Sequence[fx.Node]) -> tuple[str, ...]:
     return tuple(sorted({str(node.target) for node in suffix if not has_rule(node)}))
-

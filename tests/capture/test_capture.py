@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from deepzero.capture import Bound, capture
 from deepzero.errors import CaptureError, ObjectiveError, StepError
 from deepzero.estimators import CGE, RGE
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def objective(model: nn.Module, batch: Any) -> Tensor:
@@ -195,7 +194,7 @@ def test_a_changing_function_that_cannot_be_followed_is_refused() -> None:
         hidden["scale"] *= 1.5
         return hidden["scale"] * objective(model, b)
 
-    with pytest.raises(ObjectiveError, match="the captured graph gives a loss of .* and the objective itself"):
+    with pytest.raises(ObjectiveError, match="the captured graph gives a loss of"):
         CGE(mlp(), drifting).estimate(batch())
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from deepzero.errors import ObjectiveError
 from deepzero.estimators import CGE, RGE, Estimator
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def network() -> nn.Module:
@@ -130,7 +129,8 @@ def test_backward_moves_rng_and_buffers_as_one_forward(build: Callable[..., Esti
             masks.append((loss, torch.get_rng_state()))
     (loss0, rng0), (loss1, rng1), (plain0, plain_rng0), (plain1, plain_rng1) = masks
     assert (loss0, loss1) == (plain0, plain1)
-    assert torch.equal(rng0, plain_rng0) and torch.equal(rng1, plain_rng1)
+    assert torch.equal(rng0, plain_rng0)
+    assert torch.equal(rng1, plain_rng1)
     assert not torch.equal(rng0, rng1), "two steps must draw two dropout masks"
     assert_same(snapshot(plain), snapshot(ours), but=("identity", "grad "))
     assert int(ours[1].num_batches_tracked) == 2

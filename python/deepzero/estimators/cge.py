@@ -87,9 +87,7 @@ class EngineEstimator(Estimator):
         return StepResult(ready.loss, queries)
 
     def _empty_grads(self, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: torch.zeros_like(self.model.get_parameter(name), requires_grad=False) for name in selected
-        }
+        return {name: torch.zeros_like(self.model.get_parameter(name), requires_grad=False) for name in selected}
 
 
 class CGE(EngineEstimator):
@@ -173,9 +171,7 @@ class CGE(EngineEstimator):
                 grads[name][tuple(part.unbind(1))] = quotients.to(grads[name].dtype)
         return grads
 
-    def _whole(
-        self, ready: Prepared, selected: dict[str, Tensor], grads: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _whole(self, ready: Prepared, selected: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
         whole = ready.whole
         assert whole is not None
         signs = SCHEMES[self.scheme]

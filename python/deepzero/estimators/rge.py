@@ -155,7 +155,9 @@ class RGE(EngineEstimator):
                     + values[p]
                     for name, values in moved.items()
                 }
-                kept = {name: v if whole.double else v.to(self.model.get_parameter(name).dtype) for name, v in at.items()}
+                kept = {
+                    name: v if whole.double else v.to(self.model.get_parameter(name).dtype) for name, v in at.items()
+                }
                 losses.append(whole.evaluate(kept) - whole.loss)
             return torch.tensor(losses, dtype=torch.float64, device=u.device)
         assert ready.base is not None

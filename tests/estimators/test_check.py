@@ -1,0 +1,99 @@
+"""``check``: it finds a wrong rule, names slow ops, and suggests a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepzero.check import check
+from deepzero.rules import RULES
+
+aten = torch.ops.aten
+
+
+def objective(m: nn.Module, b: Any) -> Tensor:
+    return F.cross_entropy(m(b[0]), b[1])
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(8, 5, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
+def test_a_right_model_passes(precision: str) -> None:
+    report = check(model(), objective, batch(), precision=precision)
+    assert report.ok, str(report)
+    assert [r.parameter for r in report.rows] == [n for n, _ in model().named_parameters()]
+    assert "every op has a difference rule" in str(report)
+    assert "suggested mu" in str(report)
+
+
+def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = RULES[aten.tanh.default]
+
+    def wrong(run: Any, node: Any) -> Any:
+        carrier = right(run, node)
+        return type(carrier)(**{**vars(carrier), "values": carrier.values * 1.001})
+
+    monkeypatch.setitem(RULES, aten.tanh.default, wrong)
+    report = check(model(), objective, batch())
+    assert not report.ok
+    assert [r.ok for r in report.rows] == [False, False, True, True]
+    assert "WRONG" in str(report)
+
+
+def test_slow_ops_are_named() -> None:
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.i0e(self.inner(x))
+
+    with pytest.warns(UserWarning, match="special_i0e"):
+        report = check(Slow(), objective, batch())
+    assert report.fallbacks == ("aten.special_i0e.default",)
+    assert report.ok
+    assert "evaluated in float64 once per query: aten.special_i0e.default" in str(report)
+
+
+def test_a_piecewise_constant_network_is_told_a_large_step() -> None:
+    class Signs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(5, 64), nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.sign(self.a(x)))
+
+    report = check(Signs(), objective, batch())
+    assert report.mu == 0.1
+    assert "piecewise constant in 2 of 4 tensors (a.weight, ...)" in report.advice
+
+
+def test_a_smooth_network_gets_the_largest_accurate_step() -> None:
+    report = check(model(), objective, batch())
+    assert report.truncation[report.mu] <= 1e-2
+    assert all(error > 1e-2 for mu, error in report.truncation.items() if mu > report.mu)
+
+
+def test_the_plan_prints_every_parameter() -> None:
+    from deepzero.estimators import CGE
+
+    text = str(CGE(model(), objective).plan(batch()))
+    for name, p in model().named_parameters():
+        assert name in text
+        assert f"{p.numel()}" in text
+    assert f"{1 + sum(p.numel() for p in model().parameters())} queries an estimate in float32" in text

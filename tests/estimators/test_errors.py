@@ -1,0 +1,173 @@
+"""Bad input: the error names the thing, what was expected, what came and the fix, before any query is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepzero.check import check
+from deepzero.errors import BudgetError, MaskError, NoRuleError, ObjectiveError, StepError
+from deepzero.estimators import CGE, RGE
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    net[2].bias.requires_grad_(False)
+    return net
+
+
+def objective(m: nn.Module, b: Any) -> Tensor:
+    return F.cross_entropy(m(b[0]), b[1])
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.ones(6, 5), torch.zeros(6, dtype=torch.int64)
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+MASKS: list[tuple[str, Any, str]] = [
+    (
+        "unknown name",
+        {"0.wieght": ones(4, 5)},
+        r"mask names '0\.wieght', which is no parameter of the model.*0\.weight",
+    ),
+    ("shape", {"0.weight": ones(5, 4)}, r"mask\['0\.weight'\] must have the parameter's shape \[4, 5\], got \[5, 4\]"),
+    ("dtype", {"0.weight": torch.ones(4, 5)}, r"mask\['0\.weight'\] must be a bool tensor, got torch\.float32.*\.bool"),
+    ("no tensor", {"0.weight": [True]}, r"mask\['0\.weight'\] must be a bool tensor, got list"),
+    ("frozen", {"2.bias": ones(3)}, r"mask names '2\.bias', which cannot be estimated: it does not require grad"),
+    ("nothing selected", {"0.weight": ~ones(4, 5)}, "the mask selects no coordinate"),
+    ("empty", {}, "the mask selects no coordinate"),
+]
+
+
+@pytest.mark.parametrize(("mask", "text"), [m[1:] for m in MASKS], ids=[m[0] for m in MASKS])
+@pytest.mark.parametrize("kind", [CGE, RGE])
+def test_masks(kind: Any, mask: Any, text: str) -> None:
+    calls = []
+
+    def counting(m: nn.Module, b: Any) -> Tensor:
+        calls.append(1)
+        return objective(m, b)
+
+    with pytest.raises(MaskError, match=text):
+        kind(model(), counting).estimate(batch(), mask)
+    assert not calls
+
+
+def test_a_tied_name_points_to_its_twin() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    with pytest.raises(MaskError, match=r"it is the same tensor as '0\.weight': mask that name"):
+        CGE(net, lambda m, b: m(b).sum()).estimate(torch.ones(2, 3), {"1.weight": ones(3, 3)})
+
+
+def test_nothing_to_estimate() -> None:
+    net = model().requires_grad_(False)
+    with pytest.raises(MaskError, match="the model has no parameter that requires grad"):
+        CGE(net, objective).estimate(batch())
+
+
+OBJECTIVES: list[tuple[str, Any, str]] = [
+    ("vector", lambda m, b: m(b[0]).sum(1), r"must return one number, got a tensor of shape \[6\]\. Reduce it"),
+    ("python number", lambda m, b: 1.5, "must return a tensor with one element, got float"),
+    ("none", lambda m, b: None, "must return a tensor with one element, got NoneType"),
+    ("complex", lambda m, b: m(b[0]).sum().to(torch.complex64), "must return a real number, got dtype torch.complex64"),
+    ("nan", lambda m, b: m(b[0]).sum() * float("nan"), "the loss is nan before any perturbation"),
+    ("inf", lambda m, b: m(b[0]).sum() * 0 + float("inf"), "the loss is inf before any perturbation"),
+]
+
+
+@pytest.mark.parametrize(("function", "text"), [o[1:] for o in OBJECTIVES], ids=[o[0] for o in OBJECTIVES])
+@pytest.mark.parametrize("kind", [CGE, RGE])
+def test_objectives(kind: Any, function: Any, text: str) -> None:
+    with pytest.raises(ObjectiveError, match=text):
+        kind(model(), function).estimate(batch())
+
+
+ARGUMENTS: list[tuple[str, Any, type[Exception], str]] = [
+    ("mu 0", lambda: CGE(model(), objective, mu=0), StepError, "mu must be a positive finite step"),
+    ("mu nan", lambda: CGE(model(), objective, mu=float("nan")), StepError, "mu must be a positive finite step"),
+    (
+        "scheme",
+        lambda: CGE(model(), objective, scheme="back"),
+        ValueError,
+        "scheme must be one of 'forward', 'central'",
+    ),
+    ("precision", lambda: CGE(model(), objective, precision="half"), ValueError, "precision must be one of 'float32'"),
+    ("block", lambda: CGE(model(), objective, block=0), ValueError, "block must be a positive number"),
+    ("queries", lambda: RGE(model(), objective, queries=0), ValueError, "queries must be a positive number of direc"),
+    (
+        "law",
+        lambda: RGE(model(), objective, distribution="cauchy"),
+        ValueError,
+        "distribution must be one of 'gaussian'",
+    ),
+    ("rge scheme", lambda: RGE(model(), objective, scheme="central"), ValueError, "one of 'forward', 'antithetic'"),
+    ("model", lambda: CGE(objective, objective), TypeError, "model must be a torch.nn.Module, got function"),
+    ("objective", lambda: CGE(model(), 3), TypeError, "objective must be callable as objective"),
+    ("samples", lambda: check(model(), objective, batch(), samples=0), ValueError, "samples must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "text"), [a[1:] for a in ARGUMENTS], ids=[a[0] for a in ARGUMENTS])
+def test_arguments(make: Any, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        make()
+
+
+@pytest.mark.parametrize("kind", [CGE, RGE])
+def test_a_budget_is_never_overshot(kind: Any) -> None:
+    estimator = kind(model(), objective, budget=400)
+    while True:
+        before = estimator.queries
+        try:
+            spent = estimator.estimate(batch()).queries
+        except BudgetError as error:
+            assert f"of the budget of 400 are spent: {400 - before:,} are left" in str(error)
+            break
+        assert estimator.queries == before + spent
+    assert 0 < estimator.queries <= 400
+    assert estimator.queries + spent > 400
+
+
+def test_query_counts() -> None:
+    mask = {"0.weight": ones(4, 5), "0.bias": ones(4)}
+    assert CGE(model(), objective).estimate(batch(), mask).queries == 1 + 24
+    assert CGE(model(), objective, scheme="central").estimate(batch(), mask).queries == 1 + 48
+    assert RGE(model(), objective, queries=7).estimate(batch(), mask).queries == 1 + 7
+    assert RGE(model(), objective, queries=7, scheme="antithetic").estimate(batch(), mask).queries == 1 + 14
+
+
+class NoRule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.1, 0.9, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.i0e(x * self.weight)
+
+
+def test_strict_names_the_op() -> None:
+    with pytest.raises(NoRuleError, match=r"special_i0e\.default has no difference rule and strict=True forbids"):
+        CGE(NoRule(), lambda m, b: m(b).sum(), strict=True).estimate(torch.ones(3, 5))
+
+
+def test_a_random_op_that_reads_a_parameter_is_refused() -> None:
+    class Sampling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.poisson(self.weight.exp()) * x
+
+    with pytest.raises(NoRuleError, match="draws random numbers whose distribution depends on a parameter"):
+        CGE(Sampling(), lambda m, b: m(b).sum()).estimate(torch.ones(3, 5))
