@@ -67,8 +67,6 @@ class Block:
 
     def product(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """A convolution or matrix product of differences in the operand dtype, its result in the query dtype."""
-        if self.operands is self.dtype:
-            return function(*tensors)
         return function(*(t.to(self.operands) for t in tensors)).to(self.dtype)
 
     def moved(self, arg: Any, p: int) -> Any:

@@ -15,6 +15,7 @@ its base value in float64. Most ops need no such function; they belong to a fami
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -157,9 +158,11 @@ def pointwise(*ops: Any, arity: int = 1, saves: Callable[..., Any] | None = None
             saved = run.saved(node, "pointwise", make)
             shape = tuple(run.exact(node).shape)
             diffs, bases, wrap = align(run, operands, saved, shape)
-            if exact:
-                diffs = [d.double() if d is not None else None for d in diffs]
-            return wrap(function(*diffs, *bases, *rest, **kwargs))
+            if not exact:
+                return wrap(function(*diffs, *bases, *rest, **kwargs))
+            # float64 only inside: what follows meets the dtype that came in
+            held = functools.reduce(torch.promote_types, (d.dtype for d in diffs if d is not None))
+            return wrap(function(*(d if d is None else d.double() for d in diffs), *bases, *rest, **kwargs).to(held))
 
         for op in ops:
             rule(op)(_named(apply, f"pointwise {function.__name__}"))
