@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..state import random_state, set_random_state
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -25,21 +25,14 @@ class Snapshot:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-        self._numpy = np.random.get_state()
-        self._python = random.getstate()
+        self._random = random_state()
 
     def restore(self) -> None:
         """Put every saved bit back; safe to repeat."""
         for module, name, buffer, saved in self._buffers:
             module._buffers[name] = buffer
             buffer.copy_(saved)
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
+        set_random_state(self._random)
 
 
 class Transaction:

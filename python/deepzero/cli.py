@@ -1,0 +1,192 @@
+"""The command ``deepzero``: train, resume, plan, check, info.
+
+Exit codes: 0 done, 2 a usage, configuration, data or checkpoint error, 3 the query budget is spent, 4 a loss or weight
+is not finite, 130 interrupted (a checkpoint was written).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import BudgetError, ConfigError, DeepZeroError, ObjectiveError
+
+app = typer.Typer(
+    name="deepzero",
+    help="Zeroth-order training of neural networks from function values alone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path | None, typer.Argument(help="TOML file; without it the defaults, which are the main job.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one value, e.g. sparsity.fraction=0.95.", metavar="KEY=VALUE"),
+]
+ModelName = Annotated[str | None, typer.Option("--model", help="Your own: package.module:factory.")]
+ObjectiveName = Annotated[
+    str | None,
+    typer.Option("--objective", help="package.module:function(model, batch) -> loss; default cross-entropy."),
+]
+BatchName = Annotated[str | None, typer.Option("--batch", help="package.module:function() -> batch.")]
+
+
+def main() -> None:
+    """The console entry point."""
+    app()
+
+
+@contextlib.contextmanager
+def _exit_codes(run: Path | None = None) -> Iterator[None]:
+    """One clear message and an exit code instead of a traceback, for errors that are not our own mistakes."""
+    resume_hint = f" Go on with: deepzero resume {run}" if run is not None else ""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail(f"interrupted.{resume_hint}", 130)
+    except BudgetError as error:
+        _fail(f"{error}{resume_hint}", 3)
+    except ObjectiveError as error:
+        _fail(str(error), 4)
+    except DeepZeroError as error:
+        _fail(str(error), 2)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"deepzero: {message}", err=True)
+    raise typer.Exit(code)
+
+
+@app.command()
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<date>-<time>.")] = None,
+) -> None:
+    """Train a network by zeroth-order gradients, then by first-order ones under the same masks and schedule."""
+    from .training.config import load_config
+    from .training.run import start
+
+    place = folder or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    with _exit_codes(place):
+        _report(place, start(load_config(config, overrides or ()), place))
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
+    """Go on with a run from its last checkpoint, bit for bit."""
+    from .training import run as runs
+
+    with _exit_codes(run):
+        _report(run, runs.resume(run))
+
+
+@app.command()
+def plan(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    model: ModelName = None,
+    objective: ObjectiveName = None,
+    batch: BatchName = None,
+) -> None:
+    """Print how a model's coordinates would be estimated, and what one costs."""
+    with _exit_codes():
+        from .estimators import CGE
+
+        network, loss, sample, options = _subject(config, overrides, model, objective, batch)
+        typer.echo(str(CGE(network, loss, **options).plan(sample)))
+
+
+@app.command()
+def check(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    model: ModelName = None,
+    objective: ObjectiveName = None,
+    batch: BatchName = None,
+) -> None:
+    """Compare sampled coordinates of a model with float64, layer by layer, and name ops that fell back."""
+    with _exit_codes():
+        from .check import check as compare
+
+        network, loss, sample, options = _subject(config, overrides, model, objective, batch)
+        typer.echo(str(compare(network, loss, sample, **options)))
+
+
+@app.command()
+def info() -> None:
+    """Print versions and what the native part was built with."""
+    import numpy
+    import torch
+
+    import dzkernels
+
+    from . import __version__
+
+    lines = {
+        "deepzero": __version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",
+        "numpy": numpy.__version__,
+        "dzkernels": dzkernels.build_info(),
+    }
+    for name, value in lines.items():
+        typer.echo(f"{name:<10} {value}")
+
+
+def _report(folder: Path, outcomes: list[Any]) -> None:
+    from .plots import plot_run
+
+    typer.echo(
+        f"{'method':<12} {'test accuracy':>13} {'train loss':>11} {'queries':>12} {'queries/s':>10} {'seconds':>8}"
+    )
+    for outcome in outcomes:
+        record = outcome.record
+        typer.echo(
+            f"{outcome.label:<12} {record['test_accuracy']:>13.2%} {record['train_loss']:>11.4f} "
+            f"{record['queries']:>12,} {record['queries_per_second']:>10,.0f} {record['seconds']:>8,.1f}"
+        )
+    typer.echo(f"run folder {folder}, picture {plot_run(folder)}")
+
+
+def _subject(
+    config: Path | None, overrides: list[str] | None, model: str | None, objective: str | None, batch: str | None
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """(model, objective, batch, estimator options): the user's own by import strings, or the configured ones."""
+    from .training.config import load_config
+    from .training.run import build_loader, build_model, classification_loss, prepare
+
+    settings = load_config(config, overrides or ())
+    options = dict(settings.estimator.options) if settings.estimator.name == "cge" else {}
+    if model is None and batch is None and objective is None:
+        images = prepare(settings)
+        return build_model(settings, images), classification_loss, next(iter(build_loader(settings, images))), options
+    if model is None or batch is None:
+        raise ConfigError("give --model and --batch together (and --objective, unless the loss is cross-entropy)")
+    loss = classification_loss if objective is None else _imported(objective, "--objective")
+    return _imported(model, "--model")(), loss, _imported(batch, "--batch")(), options
+
+
+def _imported(name: str, option: str) -> Callable[..., Any]:
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"{option} {name}: expected package.module:name")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as missing:
+        raise ConfigError(f"{option} {name}: {missing}. Run deepzero where {module} can be imported.") from missing
+    if not callable(found):
+        raise ConfigError(f"{option} {name}: expected something to call, got {type(found).__name__}")
+    return found  # type: ignore[no-any-return]

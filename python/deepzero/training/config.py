@@ -1,0 +1,165 @@
+"""The configuration of a run: typed sections, TOML files, ``key=value`` overrides. Its defaults are the main job."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """A name from ``deepzero.models.MODELS`` and the keyword arguments of that factory."""
+
+    name: str = "paper-cnn"
+    options: dict[str, Any] = Field(default_factory=lambda: {"depth": 2})
+
+
+class DataSection(Section):
+    """A data set and how it is cut into mini-batches; crop is in pixels of padding, folder where its files are."""
+
+    name: str = "digits"
+    folder: str | None = None
+    batch_size: int = Field(64, ge=1)
+    crop: int = Field(0, ge=0)
+    flip: bool = False
+
+
+class EstimatorSection(Section):
+    """The gradient estimator, the most queries it may spend, and its own keyword arguments."""
+
+    name: str = "cge"
+    budget: int | None = Field(None, ge=1)
+    options: dict[str, Any] = Field(default_factory=lambda: {"mu": 5e-3})
+
+
+class SparsitySection(Section):
+    """Fraction of coordinates left out of each estimate, drawn anew every so many steps."""
+
+    fraction: float = Field(0.9, ge=0, lt=1)
+    every: int = Field(1, ge=1)
+
+
+class OptimizerSection(Section):
+    """A class of ``torch.optim`` and its keyword arguments."""
+
+    name: str = "SGD"
+    options: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
+
+
+class ScheduleSection(Section):
+    """Learning rate by step: linear warm-up, then cosine to zero, or constant."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = Field(0.0, ge=0)
+
+
+class Config(Section):
+    """Everything that decides a run.
+
+    first_order       also train by backpropagation under the same masks, seeds and schedule, for comparison
+    checkpoint_every  steps between checkpoints, besides one at every end of an epoch; 0: only those
+    threads           torch's threads; absent: torch's own choice
+    """
+
+    seed: int = Field(0, ge=0)
+    epochs: int = Field(15, ge=1)
+    device: str = "cpu"
+    threads: int | None = Field(None, ge=1)
+    first_order: bool = True
+    tensorboard: bool = True
+    checkpoint_every: int = Field(0, ge=0)
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    estimator: EstimatorSection = EstimatorSection()
+    sparsity: SparsitySection = SparsitySection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+
+
+def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in ``path`` (or the defaults), with ``a.b=value`` overrides applied; values are TOML.
+
+    Raises ConfigError for a missing or unreadable file, unknown keys (naming the nearest) and unusable values.
+    """
+    source = str(path) if path else "the command line"
+    content: dict[str, Any] = {}
+    if path is not None:
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as missing:
+            raise ConfigError(f"{path}: there is no such file. Give the path of a TOML file.") from missing
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as broken:
+            raise ConfigError(f"{path}: expected a TOML file, reading it failed with: {broken}") from broken
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return Config.model_validate(content)
+    except ValidationError as invalid:
+        raise ConfigError("\n".join(f"{source}: {_explained(e)}" for e in invalid.errors())) from invalid
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {override}: expected section.key=value, for example --set sparsity.fraction=0.9")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    content[last] = value
+
+
+def _explained(error: Mapping[str, Any]) -> str:
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{where} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    section: Any = Config
+    for part in error["loc"][:-1]:
+        section = section.model_fields[part].annotation
+    prefix = "".join(f"{part}." for part in error["loc"][:-1])
+    keys = [prefix + key for key in section.model_fields]
+    near = difflib.get_close_matches(where, keys, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"{where} is not a key.{hint} Keys here: {', '.join(keys)}."
+
+
+def to_toml(config: Config) -> str:
+    """``config`` as a TOML file that :func:`load_config` reads back; keys that are None are left out."""
+    return _table(config.model_dump(exclude_none=True), "").lstrip("\n")
+
+
+def _table(content: Mapping[str, Any], prefix: str) -> str:
+    values = [f"{key} = {_value(v)}\n" for key, v in content.items() if not isinstance(v, dict)]
+    tables = [
+        f"\n[{prefix}{key}]\n" + _table(v, f"{prefix}{key}.") for key, v in content.items() if isinstance(v, dict)
+    ]
+    return "".join(values + tables)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, float):
+        return repr(value)  # json would write NaN and Infinity, which TOML spells nan and inf
+    return json.dumps(value)
