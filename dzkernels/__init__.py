@@ -2,6 +2,7 @@
 
 from ._load import build_info
 from .backends import BACKENDS, BackendError, available_backends, use_backend, use_isa
+from .memory import keep_freed_memory
 from .ops import OPS, channel_batch_norm, channel_conv2d, conv2d_tap, cross_entropy_difference
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "channel_conv2d",
     "conv2d_tap",
     "cross_entropy_difference",
+    "keep_freed_memory",
     "use_backend",
     "use_isa",
 ]

@@ -161,11 +161,12 @@ def test_build_info_of_this_installation() -> None:
 
 
 def python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter: levels and libraries are chosen once per process."""
+    """A fresh interpreter: levels and libraries are chosen once per process. It sees the build that is tested here."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("DZ_")}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**kept, "OMP_NUM_THREADS": "1", **environ},
+        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dzkernels.__file__).parents[1]), **environ},
+        cwd="/",
         capture_output=True,
         text=True,
         timeout=120,
