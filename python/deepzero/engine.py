@@ -21,6 +21,7 @@ from .capture import Bound, Cache, Graph, check_loss
 from .carriers import Carrier
 from .errors import CaptureError, MaskError, ObjectiveError, StepError
 from .estimators.base import Mask, Objective
+from .fusion import Step, schedule
 from .plan import Route, reach, route
 from .run import run_block
 from .state import cloned_buffers, random_state, random_state_kept, set_random_state
@@ -77,6 +78,7 @@ class Engine:
         self.block = block
         self._cache = Cache()
         self._routes: dict[tuple[int, str], Route] = {}
+        self._joint: dict[tuple[int, tuple[str, ...]], tuple[Step, ...]] = {}
         self._warned: set[str] = set()
 
     # --- the start of every estimate
@@ -205,17 +207,21 @@ class Engine:
             self._routes[key] = route(graph, name, parameter, self.block, None)
         return self._routes[key]
 
+    def joint_steps(self, graph: Graph, names: Sequence[str]) -> tuple[Step, ...]:
+        """The schedule of perturbations that move all of ``names`` at once."""
+        key = (id(graph), tuple(names))
+        if key not in self._joint:
+            self._joint = {key: schedule(reach(graph, names), graph.loss)}
+        return self._joint[key]
+
     # --- queries
 
     def run(
-        self, base: Base, suffix: Sequence[fx.Node], moved: Mapping[str, Carrier], count: int, observe: Any = None
+        self, base: Base, steps: Sequence[Step], moved: Mapping[str, Carrier], count: int, observe: Any = None
     ) -> Tensor:
         """Loss differences [P] float64 when the named parameters move as given."""
         seeds = {node: c for name, c in moved.items() for node in base.graph.placeholders(name)}
-        return run_block(base, suffix, seeds, count, operands=self.operands, strict=self.strict, observe=observe)
-
-    def suffix(self, graph: Graph, names: Sequence[str]) -> tuple[fx.Node, ...]:
-        return reach(graph, names)
+        return run_block(base, steps, seeds, count, operands=self.operands, strict=self.strict, observe=observe)
 
 
 def _loss_dtype(graph: Graph) -> torch.dtype:

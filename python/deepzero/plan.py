@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from .capture import Graph
+from .fusion import Step, schedule
 from .run import has_rule
 
 MEMORY = {"cpu": 48 << 20, "cuda": 2 << 30}
@@ -27,6 +28,7 @@ class Route:
     parameter  name
     shape      of the parameter
     suffix     the nodes that it reaches, in order; empty when it does not reach the loss
+    steps      the same nodes as a schedule of fused stretches and single rules
     bytes      differences alive at once for one perturbation, at most
     block      perturbations per block
     """
@@ -34,6 +36,7 @@ class Route:
     parameter: str
     shape: tuple[int, ...]
     suffix: tuple[fx.Node, ...]
+    steps: tuple[Step, ...]
     bytes: int
     block: int
 
@@ -75,7 +78,7 @@ def route(graph: Graph, name: str, parameter: Tensor, block: int | None, memory:
     need = peak_bytes(suffix) if suffix else 4
     budget = memory if memory is not None else MEMORY.get(parameter.device.type, MEMORY["cpu"])
     fitting = max(1, min(budget // need, MOST))
-    return Route(name, tuple(parameter.shape), suffix, need, block or fitting)
+    return Route(name, tuple(parameter.shape), suffix, schedule(suffix, graph.loss), need, block or fitting)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from .base import Base, is_random, promote, rounded
 from .carriers import Carrier, Dense, Zero, dense
 from .errors import NoRuleError
+from .fusion import Step
 from .rules import RULES
 
 _warned: set[str] = set()
@@ -43,6 +44,13 @@ class Block:
 
     def d(self, arg: Any) -> Any:
         """The carrier of an argument's difference; Zero for everything that is not a moving node."""
+        carrier = self.raw(arg)
+        if isinstance(carrier, Dense) and carrier.values.dtype is torch.bfloat16:
+            return Dense(carrier.values.to(self.dtype))
+        return carrier
+
+    def raw(self, arg: Any) -> Any:
+        """As :meth:`d`, but values that a fused kernel or a product left in the operand dtype stay in it."""
         return self.differences.get(arg, Zero) if isinstance(arg, fx.Node) else Zero
 
     def low(self, arg: Any) -> Any:
@@ -68,6 +76,19 @@ class Block:
     def product(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """A convolution or matrix product of differences in the operand dtype, its result in the query dtype."""
         return function(*(t.to(self.operands) for t in tensors)).to(self.dtype)
+
+    def follow(self, node: fx.Node) -> Any:
+        """The carrier of one node, by its rule."""
+        if all(self.raw(source) is Zero for source in node.all_input_nodes):
+            return Zero
+        if node.target is operator.getitem:
+            source = self.raw(node.args[0])
+            return source[node.args[1]] if isinstance(source, tuple | list) else Zero
+        if node.target in RULES:
+            return RULES[node.target](self, node)
+        if is_random(node) and not _distribution_moves(node):
+            return Zero
+        return self.fallback(node)
 
     def moved(self, arg: Any, p: int) -> Any:
         """Base value + difference of perturbation p in float64, in the kind of tensor that the op was written for."""
@@ -118,47 +139,37 @@ class Block:
 
 def run_block(
     base: Base,
-    suffix: Sequence[fx.Node],
+    steps: Sequence[Step],
     seeds: Mapping[fx.Node, Carrier],
     count: int,
     *,
     operands: torch.dtype | None = None,
     strict: bool = False,
-    observe: Callable[[fx.Node, Any], None] | None = None,
+    observe: Callable[[Step, Any, bool], None] | None = None,
 ) -> Tensor:
     """Loss differences [P] in float64 of P perturbations that start as ``seeds`` at the placeholders.
 
-    ``suffix`` lists the nodes that a seed can reach, in graph order; a value is freed after its last reader.
+    ``steps`` cover the nodes that a seed can reach, in graph order; a value is freed after its last reader.
+    ``observe(step, carrier, fused)`` is told of every step.
     """
     block = Block(base, count, operands=operands or base.dtype, strict=strict)
     block.differences.update(seeds)
     loss = base.graph.loss
-    last: dict[fx.Node, list[fx.Node]] = {}
-    seen: set[fx.Node] = set()
-    for node in reversed(suffix):
-        for source in node.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                last.setdefault(node, []).append(source)
     with torch.no_grad():
-        for node in suffix:
-            if any(block.d(n) is not Zero for n in node.all_input_nodes):
-                if node.target is operator.getitem:
-                    source = block.d(node.args[0])
-                    carrier = source[node.args[1]] if isinstance(source, tuple | list) else Zero  # type: ignore[index]
-                elif node.target in RULES:
-                    carrier = RULES[node.target](block, node)
-                elif is_random(node) and not _distribution_moves(block, node):
-                    carrier = Zero
-                else:
-                    carrier = block.fallback(node)
-                if carrier is not Zero:
-                    block.differences[node] = carrier
-                if observe is not None:
-                    observe(node, carrier)
-            for source in last.get(node, ()):
-                if source is not loss:
-                    block.differences.pop(source, None)
+        for step in steps:
+            carrier = step.apply(block) if step.apply is not None else None
+            fused = carrier is not None
+            if carrier is not None:
+                block.differences[step.nodes[-1]] = carrier
+            else:
+                for node in step.nodes:
+                    carrier = block.follow(node)
+                    if carrier is not Zero:
+                        block.differences[node] = carrier
+            if observe is not None:
+                observe(step, carrier, fused)
+            for source in step.frees:
+                block.differences.pop(source, None)
     final = block.d(loss)
     if final is Zero:
         return torch.zeros(count, dtype=torch.float64, device=_device(base))
@@ -173,6 +184,6 @@ def _device(base: Base) -> torch.device:
 _SHAPE_ONLY = ("rand_like", "randn_like", "randint_like", "empty_like")
 
 
-def _distribution_moves(block: Block, node: fx.Node) -> bool:
+def _distribution_moves(node: fx.Node) -> bool:
     """Whether a random op reads more than the shape of a moving value."""
     return not any(name in str(node.target) for name in _SHAPE_ONLY)

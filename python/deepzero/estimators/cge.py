@@ -14,6 +14,7 @@ from ..base import Base
 from ..carriers import OneEntry, describe
 from ..engine import Engine, Prepared
 from ..errors import StepError
+from ..fusion import Step
 from ..plan import Line, Plan, missing_rules
 from ..state import set_random_state, uninterrupted, write_buffers
 from .base import Estimate, Estimator, Mask, Objective, StepResult, accumulate
@@ -156,7 +157,7 @@ class CGE(EngineEstimator):
             for sign in signs:
                 step = torch.full((len(part),), sign * self.mu, dtype=engine.dtype, device=part.device)
                 seed = OneEntry(route.shape, part, step)
-                losses.append(engine.run(base, route.suffix, {name: seed}, len(part)))
+                losses.append(engine.run(base, route.steps, {name: seed}, len(part)))
             # the step a difference starts from is mu rounded to the query dtype; divide by that very number
             realised = float(torch.tensor(self.mu, dtype=engine.dtype))
             yield part, self._quotients(torch.stack(losses)) * (self.mu / realised)
@@ -205,8 +206,7 @@ class CGE(EngineEstimator):
 
         route = self.engine.route(base.graph, name)
         stages: list[str] = []
-
-        def observe(node: Any, carrier: Any) -> None:
+        def observe(step: Step, carrier: Any, fused: bool) -> None:
             kind = describe(carrier)
             if not stages or stages[-1] != kind:
                 stages.append(kind)
@@ -216,9 +216,9 @@ class CGE(EngineEstimator):
         seed = {name: OneEntry(route.shape, part, step)}
         counter = FlopCounterMode(display=False)
         with counter:
-            self.engine.run(base, route.suffix, seed, len(part), observe)
+            self.engine.run(base, route.steps, seed, len(part), observe)
         began = time.perf_counter()
-        self.engine.run(base, route.suffix, seed, len(part))
+        self.engine.run(base, route.steps, seed, len(part))
         seconds = time.perf_counter() - began
         signs = len(SCHEMES[self.scheme])
         kinds = [k for k in stages if k != "Zero"]

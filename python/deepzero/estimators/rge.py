@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..carriers import Dense
 from ..engine import Prepared
-from ..plan import MEMORY, peak_bytes
+from ..plan import MEMORY, peak_bytes, reach
 from .base import Objective
 from .cge import EngineEstimator
 
@@ -131,7 +131,7 @@ class RGE(EngineEstimator):
     def _block(self, ready: Prepared, names: list[str]) -> int:
         if self.engine.block is not None or ready.base is None:
             return self.engine.block or self.directions
-        suffix = self.engine.suffix(ready.base.graph, names)
+        suffix = reach(ready.base.graph, names)
         weights = 4 * sum(self.model.get_parameter(name).numel() for name in names)
         need = 3 * weights + (peak_bytes(suffix) if suffix else 4)
         device = self.model.get_parameter(names[0]).device.type
@@ -161,9 +161,9 @@ class RGE(EngineEstimator):
                 losses.append(whole.evaluate(kept) - whole.loss)
             return torch.tensor(losses, dtype=torch.float64, device=u.device)
         assert ready.base is not None
-        suffix = self.engine.suffix(ready.base.graph, list(selected))
+        steps = self.engine.joint_steps(ready.base.graph, list(selected))
         seeds = {name: Dense(values) for name, values in moved.items()}
-        return self.engine.run(ready.base, suffix, seeds, len(u))
+        return self.engine.run(ready.base, steps, seeds, len(u))
 
 
 def _mix(seed: int, number: int) -> int:
