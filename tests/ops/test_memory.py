@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dzkernels
 import pytest
+
+import dzkernels
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
