@@ -216,6 +216,9 @@ class Trainer:
             if (ours is None) != (theirs is None):
                 has, lacks = ("the trainer", "the checkpoint") if theirs is None else ("the checkpoint", "the trainer")
                 raise CheckpointError(f"{has} has a {name} and {lacks} has none: it belongs to another run.")
+        # what may refuse comes before what moves weights
+        if state["loader"] is not None:
+            self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError) as other:
@@ -228,8 +231,6 @@ class Trainer:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.masks is not None:
             self.masks.load_state_dict(state["masks"])
-        if state["loader"] is not None:
-            self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         counters = state["counters"]
         self.step, self.epoch = counters["step"], counters["epoch"]
         self.seconds, self.estimate_seconds = counters["seconds"], counters["estimate_seconds"]
