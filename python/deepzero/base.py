@@ -33,6 +33,8 @@ def promote(value: Any) -> Any:
 
 def is_random(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
+    if node.target is aten.rrelu_with_noise_functional.default and not (len(node.args) > 4 and node.args[4]):
+        return False  # a plain leaky ReLU outside of training
     return torch.Tag.nondeterministic_seeded in tags
 
 

@@ -47,10 +47,12 @@ def mm(run: Block, node: fx.Node) -> Carrier:
 def addmm(run: Block, node: fx.Node) -> Carrier:
     bias, x, w = node.args[:3]
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
-    if (alpha, beta) != (1, 1):
-        return run.fallback(node)  # type: ignore[no-any-return]
-    out = _shared_product(run, node, x, w, transposed=False)
-    return carriers.add(out, _spread(run.d(bias), tuple(run.exact(node).shape)))
+    out = _times(_shared_product(run, node, x, w, transposed=False), alpha)
+    return carriers.add(out, _times(_spread(run.d(bias), tuple(run.exact(node).shape)), beta))
+
+
+def _times(d: Carrier, factor: Any) -> Carrier:
+    return d if d is Zero or factor == 1 else Dense(dense(d) * factor)
 
 
 @rule(aten.mv.default)
@@ -141,7 +143,10 @@ def _spread(d: Any, shape: tuple[int, ...]) -> Carrier:
 
 @rule(aten.bmm.default, aten.matmul.default)
 def bmm(run: Block, node: fx.Node) -> Carrier:
-    a, b = node.args
+    return _batched_product(run, *node.args)
+
+
+def _batched_product(run: Block, a: Any, b: Any) -> Carrier:
     da, db = run.d(a), run.d(b)
     total: Tensor | None = None
     if da is not Zero:
@@ -149,6 +154,28 @@ def bmm(run: Block, node: fx.Node) -> Carrier:
     if db is not Zero:
         right = run.product(torch.matmul, _moved(run, a, da), dense(db))
         total = right if total is None else total + right
+    return Zero if total is None else Dense(total)
+
+
+@rule(aten._trilinear.default)
+def trilinear(run: Block, node: fx.Node) -> Carrier:
+    """nn.Bilinear: sum of a b c after each was given dimensions of size 1. One factor moves after the other."""
+    *factors, sums = [*node.args[:3], node.args[6]]
+
+    def placed(values: Tensor, dims: Any) -> Tensor:
+        for k in dims:
+            values = values.unsqueeze(k + 1)
+        return values
+
+    bases = [placed(run.low(a).unsqueeze(0), dims) for a, dims in zip(factors, node.args[3:6], strict=True)]
+    total: Tensor | None = None
+    for i, (arg, dims) in enumerate(zip(factors, node.args[3:6], strict=True)):
+        if (d := run.d(arg)) is not Zero:
+            moved = placed(dense(d), dims)
+            others = [b for k, b in enumerate(bases) if k != i]
+            term = (moved * others[0] * others[1]).sum([k + 1 for k in sums])  # type: ignore[union-attr]
+            total = term if total is None else total + term
+            bases[i] = bases[i] + moved
     assert total is not None
     return Dense(total)
 
@@ -157,15 +184,8 @@ def bmm(run: Block, node: fx.Node) -> Carrier:
 def baddbmm(run: Block, node: fx.Node) -> Carrier:
     bias, a, b = node.args[:3]
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
-    da, db = run.d(a), run.d(b)
-    total: Carrier = Zero
-    if da is not Zero:
-        total = Dense(alpha * run.product(torch.matmul, dense(da), run.low(b)))  # type: ignore[operator]
-    if db is not Zero:
-        right = run.product(torch.matmul, _moved(run, a, da), dense(db))
-        total = carriers.add(total, Dense(alpha * right))  # type: ignore[operator]
-    d = _spread(run.d(bias), tuple(run.exact(node).shape))
-    return carriers.add(total, d if d is Zero else Dense(beta * dense(d)))  # type: ignore[operator]
+    product = _times(_batched_product(run, a, b), alpha)
+    return carriers.add(product, _times(_spread(run.d(bias), tuple(run.exact(node).shape)), beta))
 
 
 # --- convolution, any number of dimensions, plain and transposed
@@ -258,7 +278,9 @@ def _kernel_moves(
             images = moved[0].index_select(1, channel).transpose(0, 1)  # [P, N, *s]
         else:
             images = moved.transpose(1, 2)[torch.arange(count, device=moved.device), channel]
-        kernel = OneEntry((1, *dw.shape[2:]), torch.cat([torch.zeros_like(dw.index[:, :1]), dw.index[:, 2:]], 1), dw.step)
+        kernel = OneEntry(
+            (1, *dw.shape[2:]), torch.cat([torch.zeros_like(dw.index[:, :1]), dw.index[:, 2:]], 1), dw.step
+        )
         kernels = dense(kernel)  # [P, 1, *k]
         values = conv(images.transpose(0, 1), kernels, count).transpose(0, 1)  # [P, N, *s']
         return OneChannel(shape, 1, out, values)
@@ -284,3 +306,21 @@ def embedding(run: Block, node: fx.Node) -> Carrier:
         values = hits * d.step.reshape(-1, *[1] * picked.dim())
         return OneChannel(tuple(run.exact(node).shape), picked.dim(), d.index[:, 1], values)
     return Dense(dense(d)[:, picked])
+
+
+@rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+def embedding_bag(run: Block, node: fx.Node) -> Any:
+    """Sums or means of picked rows. A maximum, or weights of their own, take the slow way."""
+    given = (*node.args, *(False, 0, False, None, False, -1)[len(node.args) - 3 :])
+    w, index, offsets, _, mode, _, weights, _, padding = given
+    if mode == 2 or weights is not None or any(run.d(n) is not Zero for n in node.all_input_nodes if n is not w):
+        return run.fallback(node)
+    picked, starts = run.exact(index), run.exact(offsets)
+    bags = len(run.exact(node)[0])
+    bag = torch.searchsorted(starts, torch.arange(len(picked), device=picked.device), right=True) - 1
+    counted = (picked != padding).to(run.dtype)
+    rows = dense(run.d(w))[:, picked] * counted.unsqueeze(-1)
+    total = rows.new_zeros((len(rows), bags, rows.shape[2])).index_add(1, bag, rows)
+    if mode == 1:
+        total = total / counted.new_zeros(bags).index_add(0, bag, counted).clamp(min=1).unsqueeze(-1)
+    return Dense(total), *[Zero] * (len(run.exact(node)) - 1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import dzkernels
 import torch
 from torch import Tensor
+
+import dzkernels
 
 from ..carriers import Carrier, Dense, Zero, dense
 from .softmax import log_sum_exp
@@ -72,7 +73,7 @@ def _targets(run: Block, node: Any, logits: Tensor, k: int) -> tuple[Any, Tensor
     scale = w[label] * used
     norm = float(scale.sum())
     if smoothing:
-        hot = torch.nn.functional.one_hot(label, classes)
+        hot = torch.nn.functional.one_hot(label, classes).double()
         return ((1 - smoothing) * hot + smoothing / classes) * w * used[:, None], log_p, norm
     plain = weight is None and bool(used.all())
     return (label, None if plain else scale), log_p, norm

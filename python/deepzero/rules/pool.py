@@ -54,9 +54,7 @@ def _windows(node: fx.Node, nd: int, sizes: list[int], outs: list[int]) -> Tenso
 
 def _adaptive_windows(nd: int, sizes: list[int], outs: list[int]) -> Tensor:
     """The windows of adaptive pooling: [floor(i n / m), ceil((i + 1) n / m)) along every axis."""
-    spans = [
-        [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)] for n, m in zip(sizes, outs, strict=True)
-    ]
+    spans = [[(i * n // m, -(-(i + 1) * n // m)) for i in range(m)] for n, m in zip(sizes, outs, strict=True)]
     rows = []
     for box in itertools.product(*spans):
         cells = list(itertools.product(*(range(a, b) for a, b in box)))
@@ -116,7 +114,9 @@ def dropout(run: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
     if not train:
         return d, Zero
     keep = run.saved(
-        node, "keep", lambda: run.base_rounded(run.exact(node)[1].double() * (0.0 if p == 1 else 1 / (1 - p)))  # type: ignore[operator]
+        node,
+        "keep",
+        lambda: run.base_rounded(run.exact(node)[1].double() * (0.0 if p == 1 else 1 / (1 - p))),  # type: ignore[operator]
     )
     if isinstance(d, OneChannel):
         return OneChannel(d.shape, d.dim, d.channel, d.values * select(keep, d.dim, d.channel)), Zero

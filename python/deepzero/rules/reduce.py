@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel
-from .pointwise import absolute
+from .pointwise import absolute, power
 from .table import aten, rule
 
 if TYPE_CHECKING:
@@ -129,17 +129,39 @@ def vector_norm(run: Block, node: fx.Node) -> Carrier:
     rank = z.dim()
     dims, keep = _dims(node, 2, rank), _keep(node, 3)
     inner = [k + 1 for k in dims]
-    if order == 1:
-        return Dense(absolute(values, z).sum(inner, keepdim=keep))
-    if order in (math.inf, float("inf")):
+    if order == math.inf:
         gap = run.saved(node, "gap", lambda: run.base_rounded(_abs_gap(run.exact(node.args[0]), dims)))
         return Dense((gap + absolute(values, z)).amax(inner, keepdim=keep))
-    if order != 2:
+    if order <= 0:  # type: ignore[operator]
         return run.fallback(node)  # type: ignore[no-any-return]
-    before = run.exact(node)
-    squares = (values * (2 * z + values)).sum(inner, keepdim=keep, dtype=torch.float64)
-    after = (before * before + squares).clamp(min=0).sqrt()
-    return Dense(torch.where(squares == 0, 0.0, squares / (after + before)).to(run.dtype))
+    return Dense(_norm(values, z, run.exact(node), float(order), inner, keep).to(run.dtype))  # type: ignore[arg-type]
+
+
+def _norm(values: Tensor, z: Tensor, before: Tensor, order: float, inner: list[int], keep: bool) -> Tensor:
+    """(sum |z + dz|^p)^(1/p) - (sum |z|^p)^(1/p), in float64."""
+    if order == 1:
+        return absolute(values, z).sum(inner, keepdim=keep, dtype=torch.float64)
+    if order == 2:
+        squares = (values * (2 * z + values)).sum(inner, keepdim=keep, dtype=torch.float64)
+        after = (before * before + squares).clamp(min=0).sqrt()
+        return torch.where(squares == 0, 0.0, squares / (after + before))
+    grown = power(absolute(values, z), z.abs(), order).sum(inner, keepdim=keep, dtype=torch.float64)
+    return power(grown, before.double() ** order, 1 / order)
+
+
+@rule(aten._cdist_forward.default)
+def pairwise_distances(run: Block, node: fx.Node) -> Carrier:
+    """|a_i - b_j| for all pairs, as norms of the differences of rows."""
+    a, b, order, _ = node.args
+    if order in (0, math.inf):
+        return run.fallback(node)  # type: ignore[no-any-return]
+    z = run.exact(a).unsqueeze(-2) - run.exact(b).unsqueeze(-3)
+    da, db = run.d(a), run.d(b)
+    values = torch.zeros((), dtype=run.dtype, device=z.device)
+    values = values if da is Zero else values + dense(da).unsqueeze(-2)
+    values = values if db is Zero else values - dense(db).unsqueeze(-3)
+    values = values.expand(run.count, *z.shape)
+    return Dense(_norm(values, run.base_rounded(z), run.exact(node), float(order), [z.dim()], False).to(run.dtype))  # type: ignore[arg-type]
 
 
 def _abs_gap(z: Tensor, dims: list[int]) -> Tensor:
@@ -172,15 +194,65 @@ def variance(run: Block, node: fx.Node) -> Any:
     return out
 
 
-@rule(aten.prod.dim_int)
+@rule(aten.prod.dim_int, aten.prod.default)
 def product(run: Block, node: fx.Node) -> Carrier:
     """prod(z + dz) - prod(z), one factor at a time: sum_k (prod of moved before k) dz_k (prod of old after k)."""
     values = dense(run.d(node.args[0]))
     z = run.low(node.args[0])
-    dim, keep = int(node.args[1]) % z.dim(), _keep(node, 2)  # type: ignore[call-overload]
+    if node.target is aten.prod.default:
+        values, z = values.reshape(len(values), -1), z.reshape(-1)
+    dim = int(node.args[1]) % z.dim() if len(node.args) > 1 else 0  # type: ignore[call-overload]
+    keep = _keep(node, 2)
     d, p = torch.zeros_like(values.select(dim + 1, 0)), torch.ones_like(z.select(dim, 0))
     for k in range(z.shape[dim]):
         a, da = z.select(dim, k), values.select(dim + 1, k)
         d, p = d * (a + da) + p * da, p * a
     return Dense(d.unsqueeze(dim + 1) if keep else d)
 
+
+@rule(aten.cumprod.default)
+def cumulative_product(run: Block, node: fx.Node) -> Carrier:
+    """As the product, keeping every partial one."""
+    values, z = dense(run.d(node.args[0])), run.low(node.args[0])
+    dim = int(node.args[1]) % z.dim()  # type: ignore[call-overload]
+    partial = run.low(node)
+    d, p = torch.zeros_like(values.select(dim + 1, 0)), torch.ones_like(z.select(dim, 0))
+    rows = []
+    for k in range(z.shape[dim]):
+        da = values.select(dim + 1, k)
+        d = d * (z.select(dim, k) + da) + p * da
+        p = partial.select(dim, k)
+        rows.append(d)
+    return Dense(torch.stack(rows, dim + 1))
+
+
+_ORDER = {
+    aten.sort.default: 1,
+    aten.sort.stable: 1,
+    aten.topk.default: 2,
+    aten.median.dim: 1,
+    aten.kthvalue.default: 2,
+    aten.cummax.default: 1,
+    aten.cummin.default: 1,
+}
+"""op with results (values, indices) that picks values by their order -> where its ``dim`` argument is."""
+
+
+@rule(*_ORDER)
+def order_statistic(run: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
+    """The new picks in float64; a value moves as its pick does, plus the distance between the old and the new one."""
+    z, d = run.exact(node.args[0]).double(), dense(run.d(node.args[0]))
+    position, kwargs = _ORDER[node.target], dict(node.kwargs)
+    args = [z + d.double(), *run.exact_args(node)[1:]]
+    dim = int(kwargs.pop("dim", args[position] if len(args) > position else -1)) % z.dim()
+    if position < len(args):
+        args[position] = dim + 1
+    else:
+        kwargs["dim"] = dim + 1
+    index = node.target(*args, **kwargs)[1]  # type: ignore[operator]
+    before, at = run.exact(node)
+    reduced = index.dim() == z.dim()
+    where, old = (index.unsqueeze(dim + 1), before.unsqueeze(dim)) if reduced else (index, before)
+    jump = z.expand(len(d), *z.shape).gather(dim + 1, where) - old
+    values = (jump + d.gather(dim + 1, where)).to(run.dtype)
+    return Dense(values.squeeze(dim + 1) if reduced else values), Dense((index - at).to(run.dtype))

@@ -21,9 +21,7 @@ def view(run: Block, node: fx.Node) -> Carrier:
     return _reshaped(d, shape)
 
 
-@rule(
-    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.flatten.using_ints
-)
+@rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.flatten.using_ints)
 def insert(run: Block, node: fx.Node) -> Carrier:
     return _reshaped(run.d(node.args[0]), tuple(run.exact(node).shape))
 
@@ -70,7 +68,10 @@ def _permuted(d: Any, dims: list[int]) -> Carrier:
 
 @rule(aten.expand.default)
 def expand(run: Block, node: fx.Node) -> Carrier:
-    d, shape = run.d(node.args[0]), tuple(run.exact(node).shape)
+    return _expanded(run.d(node.args[0]), tuple(run.exact(node).shape))
+
+
+def _expanded(d: Any, shape: tuple[int, ...]) -> Carrier:
     lead = len(shape) - len(d.shape)
     if isinstance(d, OneEntry) and d.shape:
         d = one_channel(d, max(range(len(d.shape)), key=lambda k: d.shape[k]))
@@ -159,7 +160,6 @@ linear(aten.index_put.default, 0, 2)
 linear(aten.index.Tensor)
 
 
-
 @rule(aten.constant_pad_nd.default)
 def constant_pad(run: Block, node: fx.Node) -> Carrier:
     """The padding does not move, whatever its value; a channel shifts by the padding before it."""
@@ -176,6 +176,13 @@ def constant_pad(run: Block, node: fx.Node) -> Carrier:
         values = torch.nn.functional.pad(d.values, flat) if any(flat) else d.values
         return OneChannel(shape, d.dim, d.channel + pairs[d.dim][0], values)
     return Dense(torch.nn.functional.pad(dense(d), widths))
+
+
+@rule(aten.copy.default)
+def copied(run: Block, node: fx.Node) -> Carrier:
+    """``destination.copy_(source)``: what the destination held before does not matter."""
+    d, shape = run.d(node.args[1]), tuple(run.exact(node).shape)
+    return d if d is Zero or tuple(d.shape) == shape else _expanded(d, shape)
 
 
 @rule(aten.masked_fill.Scalar)

@@ -44,3 +44,16 @@ def softmax(run: Block, node: fx.Node) -> Carrier:
     dim = int(node.args[1]) % (d.dim() - 1) + 1  # type: ignore[call-overload]
     p = run.saved(node, "low", lambda: run.base_rounded(_probabilities(run, node)))
     return Dense(p * torch.expm1(d - log_sum_exp(d, p, dim)))
+
+
+@rule(aten.logcumsumexp.default)
+def log_cumulative_sum_exp(run: Block, node: fx.Node) -> Carrier:
+    """L_k = log(e^L_(k-1) + e^z_k), one element after the other."""
+    d, z, before = dense(run.d(node.args[0])), run.exact(node.args[0]), run.exact(node)
+    dim = int(node.args[1]) % z.dim()  # type: ignore[call-overload]
+    rows = [d.select(dim + 1, 0)]
+    for k in range(1, z.shape[dim]):
+        pair = torch.stack([before.select(dim, k - 1), z.select(dim, k)])
+        moved = torch.stack([rows[-1], d.select(dim + 1, k)], 1)
+        rows.append(log_sum_exp(moved, run.base_rounded(torch.softmax(pair, 0)), 1).squeeze(1))
+    return Dense(torch.stack(rows, dim + 1))
