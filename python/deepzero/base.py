@@ -82,6 +82,27 @@ def interpret(graph: Graph, inputs: Mapping[fx.Node, Any], *, exact: bool) -> di
     return values
 
 
+class Layouts:
+    """One base tensor [N, C, H, W] in both layouts: channels-last for dense work, channel planes for one channel."""
+
+    def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
+        self._value, self._dtype = value, dtype
+        self._made: dict[str, Tensor] = {}
+
+    @property
+    def images(self) -> Tensor:
+        return self._get("images", lambda v: v.contiguous(memory_format=torch.channels_last))
+
+    @property
+    def planes(self) -> Tensor:
+        return self._get("planes", lambda v: v.transpose(0, 1).contiguous().transpose(0, 1))
+
+    def _get(self, name: str, lay: Callable[[Tensor], Tensor]) -> Tensor:
+        if name not in self._made:
+            self._made[name] = lay(self._value.to(self._dtype))
+        return self._made[name]
+
+
 class Base:
     """Values of the base pass, by node, in float64 (:meth:`exact`) and in the query dtype (:meth:`low`)."""
 
@@ -90,6 +111,7 @@ class Base:
         self.dtype = dtype
         self._exact = values
         self._low: dict[fx.Node, Tensor] = {}
+        self._planes: dict[fx.Node, Layouts] = {}
         self._saved: dict[tuple[fx.Node, str], Any] = {}
 
     @property
@@ -107,6 +129,12 @@ class Base:
         if arg not in self._low:
             self._low[arg] = rounded(self._exact[arg], self.dtype)
         return self._low[arg]
+
+    def planes(self, node: fx.Node) -> Tensor:
+        """Images [N, C, H, W] in the query dtype, each channel's values of all samples next to each other."""
+        if node not in self._planes:
+            self._planes[node] = Layouts(self._exact[node], self.dtype)
+        return self._planes[node].planes
 
     def saved(self, node: fx.Node, name: str, make: Callable[[], Any]) -> Any:
         """A quantity derived from base values, made in float64 once a step and shared by every block."""

@@ -6,6 +6,7 @@ the stretch moves, the generic rules run its nodes one by one: fusing changes sp
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import dzkernels
 import torch
 from torch import Tensor, fx
 
+from .base import Layouts
 from .carriers import Carrier, Dense, OneChannel, Zero
 from .rules.norm import centred
 
@@ -178,27 +180,6 @@ def _run_norm(run: Block, parts: _Norm) -> Carrier | None:
     return None
 
 
-class _Layouts:
-    """One base tensor [N, C, H, W] in both layouts: channels-last for dense work, channel planes for one channel."""
-
-    def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
-        self._value, self._dtype = value, dtype
-        self._made: dict[str, Tensor] = {}
-
-    @property
-    def images(self) -> Tensor:
-        return self._get("images", lambda v: v.contiguous(memory_format=torch.channels_last))
-
-    @property
-    def planes(self) -> Tensor:
-        return self._get("planes", lambda v: v.transpose(0, 1).contiguous().transpose(0, 1))
-
-    def _get(self, name: str, lay: Callable[[Tensor], Tensor]) -> Tensor:
-        if name not in self._made:
-            self._made[name] = lay(self._value.to(self._dtype))
-        return self._made[name]
-
-
 def _statistics(run: Block, norm: fx.Node) -> tuple[bool, float, Any, Any]:
     """(training, eps, running mean, running variance) of a batch-norm node."""
     rest = norm.args[3:]
@@ -207,7 +188,7 @@ def _statistics(run: Block, norm: fx.Node) -> tuple[bool, float, Any, Any]:
     return bool(rest[2]), float(rest[4]), rest[0], rest[1]  # type: ignore[arg-type]
 
 
-def _saves(run: Block, parts: _Norm, training: bool, mean: Any, var: Any) -> tuple[_Layouts, Tensor, Any, Any]:
+def _saves(run: Block, parts: _Norm, training: bool, mean: Any, var: Any) -> tuple[Layouts, Tensor, Any, Any]:
     z = run.exact(parts.norm.args[0])
     if training:
         zc, v = centred(z, [0, 2, 3])
@@ -223,11 +204,11 @@ def _saves(run: Block, parts: _Norm, training: bool, mean: Any, var: Any) -> tup
         wide = best.repeat_interleave(k, 2).repeat_interleave(k, 3)
         gap = torch.zeros_like(a)
         gap[..., : wide.shape[2], : wide.shape[3]] = a[..., : wide.shape[2], : wide.shape[3]] - wide
-    layouts = [None if t is None else _Layouts(t, run.dtype) for t in (zc, y, gap)]
+    layouts = [None if t is None else Layouts(t, run.dtype) for t in (zc, y, gap)]
     return layouts[0], v, layouts[1], layouts[2]  # type: ignore[return-value]
 
 
 PATTERNS: list[Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]] = (
-    [_norm_stretch] if hasattr(dzkernels, "dense_batch_norm") else []
+    [_norm_stretch] if "training" in str(inspect.signature(dzkernels.channel_batch_norm)) else []
 )
 """Tried in order at every node of a suffix."""

@@ -61,6 +61,10 @@ class Block:
         """Base value as the float64 base pass left it."""
         return self.base.exact(arg)
 
+    def planes(self, node: fx.Node) -> Tensor:
+        """Base images in the query dtype, stored channel by channel."""
+        return self.base.planes(node)
+
     def exact_args(self, node: fx.Node) -> tuple[Any, ...]:
         return fx.map_arg(node.args, self.base.exact)  # type: ignore[no-any-return]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import dzkernels
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
@@ -194,63 +195,72 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
+class _Geometry:
+    """The constants of a convolution node; called as ``geometry(images, weight, groups)``."""
+
+    def __init__(self, node: Any) -> None:
+        *_, stride, padding, dilation, transposed, output_padding, groups = node.args
+        self.nd = node.args[0].meta["val"].dim() - 2
+
+        def each(values: Any) -> list[int]:
+            return list(values) * (self.nd // len(values))
+
+        self.stride, self.padding, self.dilation = each(stride), each(padding), each(dilation)
+        self.transposed, self.output_padding, self.groups = bool(transposed), each(output_padding), int(groups)
+
+    def __call__(self, images: Tensor, weight: Tensor, groups: int) -> Tensor:
+        if self.transposed:
+            return _TRANSPOSED[self.nd](
+                images, weight, None, self.stride, self.padding, self.output_padding, groups, self.dilation
+            )
+        return _CONV[self.nd](images, weight, None, self.stride, self.padding, self.dilation, groups)
+
+    def has_kernels(self, dtype: torch.dtype) -> bool:
+        """Whether dzkernels' one-channel convolutions are made for it."""
+        return self.nd == 2 and not self.transposed and dtype is torch.float32
+
+    @property
+    def spacing(self) -> dict[str, Any]:
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+
+
 @rule(aten.convolution.default)
-def convolution(run: Block, node: fx.Node) -> Carrier:
+def convolution(run: Block, node: Any) -> Carrier:
     """x [N, C, *spatial] with w [O, C / groups, *kernel], or [C, O / groups, *kernel] when transposed."""
-    x, w, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
-    nd = len(run.exact(x).shape) - 2
-    padding = list(padding) * (nd // len(padding))  # type: ignore[arg-type,call-overload]
-    stride = list(stride) * (nd // len(stride))  # type: ignore[arg-type,call-overload]
-    dilation = list(dilation) * (nd // len(dilation))  # type: ignore[arg-type,call-overload]
-
-    def conv(inputs: Tensor, weight: Tensor, g: int) -> Tensor:
-        if transposed:
-            return _TRANSPOSED[nd](inputs, weight, None, stride, padding, output_padding, g, dilation)  # type: ignore[arg-type]
-        return _CONV[nd](inputs, weight, None, stride, padding, dilation, g)
-
+    x, w, bias = node.args[:3]
+    conv = _Geometry(node)
     shape = tuple(run.exact(node).shape)
-    dx, dw = run.d(x), run.d(w)
+    dx, dw = run.raw(x), run.d(w)
     total: Carrier = Zero
     if dx is not Zero:
-        weight = run.low(w)
         if isinstance(dx, OneChannel) and dx.dim == 1:
-            total = _one_channel_in(run, conv, dx, weight, shape, bool(transposed), int(groups))  # type: ignore[call-overload]
+            total = _one_channel_in(run, conv, dx, run.low(w), shape)
         else:
             values = dense(dx)
-            out = run.product(lambda a, b: conv(a, b, groups), values.flatten(0, 1), weight)  # type: ignore[arg-type]
+            out = run.product(lambda a, k: conv(a, k, conv.groups), values.flatten(0, 1), run.low(w))
             total = Dense(out.unflatten(0, values.shape[:2]))
     if dw is not Zero:
-        moved = _moved(run, x, dx)
-        total = carriers.add(total, _kernel_moves(run, conv, moved, dw, shape, bool(transposed), int(groups)))  # type: ignore[call-overload]
+        total = carriers.add(total, _kernel_moves(run, conv, x, dw, shape))
     return carriers.add(total, _bias(run, node, bias, 1)) if bias is not None else total
 
 
-def _per_perturbation(conv: Any, images: Tensor, kernels: Tensor) -> Tensor:
-    """Image [P, N, *s] with its own kernel [P, M, *k] -> [P, N, M, *s']: a convolution with P groups."""
-    p, m = kernels.shape[:2]
-    stacked = images.transpose(0, 1)  # [N, P, *s]
-    out = conv(stacked, kernels, p)
-    return out.unflatten(1, (p, m)).transpose(0, 1)  # type: ignore[no-any-return]
-
-
 def _one_channel_in(
-    run: Block, conv: Any, dx: OneChannel, weight: Tensor, shape: tuple[int, ...], transposed: bool, groups: int
+    run: Block, conv: _Geometry, dx: OneChannel, weight: Tensor, shape: tuple[int, ...]
 ) -> Carrier:
     """One input channel moves: only its column of the weight takes part, and only its group's outputs move."""
-    per_group = dx.shape[1] // groups
-    outs = shape[1] // groups
+    groups = conv.groups
+    if groups == 1 and conv.has_kernels(run.dtype):
+        return Dense(dzkernels.channel_conv2d(dx.values, dx.channel, weight, **conv.spacing))
+    per_group, outs = dx.shape[1] // groups, shape[1] // groups
     group, inner = dx.channel // per_group, dx.channel % per_group
-    if transposed:
+    if conv.transposed:
         kernels = weight.index_select(0, dx.channel)  # [P, O / groups, *k]
+        taken = kernels
     else:
-        grouped = weight.unflatten(0, (groups, outs))  # [G, O / groups, C / groups, *k]
-        kernels = grouped[group, :, inner]
-    if transposed:
-        out = _per_perturbation(lambda a, k, g: conv(a, k, g), dx.values, kernels)
-    else:
-        flat = kernels.flatten(0, 1).unsqueeze(1)  # [P * O / groups, 1, *k]
-        stacked = dx.values.transpose(0, 1)
-        out = conv(stacked, flat, len(kernels)).unflatten(1, kernels.shape[:2]).transpose(0, 1)
+        kernels = weight.unflatten(0, (groups, outs))[group, :, inner]
+        taken = kernels.flatten(0, 1).unsqueeze(1)  # [P * O / groups, 1, *k]
+    out = conv(dx.values.transpose(0, 1), taken, len(kernels))  # every perturbation is a group of its own
+    out = out.unflatten(1, kernels.shape[:2]).transpose(0, 1)  # [P, N, O / groups, *s]
     if groups == 1:
         return Dense(out)
     if outs == 1:
@@ -261,35 +271,35 @@ def _one_channel_in(
     return Dense(full)
 
 
-def _kernel_moves(
-    run: Block, conv: Any, moved: Tensor, dw: Any, shape: tuple[int, ...], transposed: bool, groups: int
-) -> Carrier:
-    """``moved`` [P or 1, N, C, *s] with the difference of the weight."""
-    channels = moved.shape[2]
+def _kernel_moves(run: Block, conv: _Geometry, x: Any, dw: Any, shape: tuple[int, ...]) -> Carrier:
+    """(x + dx) convolved with the difference of the weight."""
+    dx, groups = run.d(x), conv.groups
     if isinstance(dw, OneEntry):
-        count = len(dw.step)
-        if transposed:
+        if dx is Zero and conv.has_kernels(run.dtype):
+            values = dzkernels.conv2d_tap(
+                run.planes(x), dw.index, dw.step, kernel=dw.shape[2:], out_channels=shape[1], **conv.spacing
+            )
+            return OneChannel(shape, 1, dw.index[:, 0], values)
+        moved = _moved(run, x, dx)
+        if conv.transposed:
             channel = dw.index[:, 0]
-            out = channel // (channels // groups) * dw.shape[1] + dw.index[:, 1]
+            out = channel // (moved.shape[2] // groups) * dw.shape[1] + dw.index[:, 1]
         else:
             out = dw.index[:, 0]
             channel = out // (shape[1] // groups) * dw.shape[1] + dw.index[:, 1]
         if len(moved) == 1:
-            images = moved[0].index_select(1, channel).transpose(0, 1)  # [P, N, *s]
+            images = moved[0].index_select(1, channel)  # [N, P, *s]
         else:
-            images = moved.transpose(1, 2)[torch.arange(count, device=moved.device), channel]
-        kernel = OneEntry(
-            (1, *dw.shape[2:]), torch.cat([torch.zeros_like(dw.index[:, :1]), dw.index[:, 2:]], 1), dw.step
-        )
-        kernels = dense(kernel)  # [P, 1, *k]
-        values = conv(images.transpose(0, 1), kernels, count).transpose(0, 1)  # [P, N, *s']
-        return OneChannel(shape, 1, out, values)
-    kernels = dense(dw)
+            images = moved.transpose(1, 2)[torch.arange(len(moved), device=moved.device), channel].transpose(0, 1)
+        inside = torch.cat([torch.zeros_like(dw.index[:, :1]), dw.index[:, 2:]], 1)
+        kernels = dense(OneEntry((1, *dw.shape[2:]), inside, dw.step))  # [P, 1, *k]
+        return OneChannel(shape, 1, out, conv(images, kernels, len(kernels)).transpose(0, 1))
+    kernels, moved = dense(dw), _moved(run, x, dx)
     count = len(kernels)
-    images = moved.expand(count, *moved.shape[1:]).transpose(0, 1).flatten(1, 2)  # [N, P * C, *s]
-    if len(moved) == 1 and groups == 1 and not transposed:
+    if len(moved) == 1 and groups == 1 and not conv.transposed:
         out = run.product(lambda a, k: conv(a, k, 1), moved[0], kernels.flatten(0, 1))
     else:
+        images = moved.expand(count, *moved.shape[1:]).transpose(0, 1).flatten(1, 2)  # [N, P * C, *s]
         out = run.product(lambda a, k: conv(a, k, count * groups), images, kernels.flatten(0, 1))
     return Dense(out.unflatten(1, (count, shape[1])).transpose(0, 1))
 
