@@ -27,7 +27,7 @@ class ModelSection(Section):
     """A name from ``deepzero.models.MODELS`` and the keyword arguments of that factory."""
 
     name: str = "paper-cnn"
-    options: dict[str, Any] = Field(default_factory=lambda: {"depth": 2})
+    options: dict[str, Any] = Field(default_factory=lambda: {"depth": 3})
 
 
 class DataSection(Section):
@@ -74,13 +74,14 @@ class Config(Section):
 
     first_order       also train by backpropagation under the same masks, seeds and schedule, for comparison
     checkpoint_every  steps between checkpoints, besides one at every end of an epoch; 0: only those
-    threads           torch's threads; absent: torch's own choice
+    threads           torch's threads; 1 suits small networks, whose threads would wait for each other more than they
+                      work, and by far so on a busy machine
     """
 
     seed: int = Field(0, ge=0)
-    epochs: int = Field(15, ge=1)
+    epochs: int = Field(30, ge=1)
     device: str = "cpu"
-    threads: int | None = Field(None, ge=1)
+    threads: int = Field(1, ge=1)
     first_order: bool = True
     tensorboard: bool = True
     checkpoint_every: int = Field(0, ge=0)

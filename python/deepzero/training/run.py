@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from .. import data
 from ..baselines import Backprop, PlainLoop
 from ..data import ImageData, Loader
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DeepZeroError
 from ..estimators import CGE, RGE, Estimator
 from ..models import MODELS
 from ..sparsity import UniformRandom
@@ -64,14 +64,16 @@ def build_model(config: Config, images: ImageData) -> nn.Module:
     options = _options("model", config.model.name, factory, config.model.options, reserved=shape)
     accepted = inspect.signature(factory).parameters
     torch.manual_seed(config.seed)
-    return factory(**{k: v for k, v in shape.items() if k in accepted}, **options).to(config.device)
+    model = _made("model", config.model.name, factory, **{k: v for k, v in shape.items() if k in accepted}, **options)
+    return cast("nn.Module", model).to(config.device)
 
 
 def build_estimator(config: Config, model: nn.Module) -> Estimator:
     section = config.estimator
     factory = _chosen("estimator", section.name, ESTIMATORS)
     options = _options("estimator", section.name, factory, section.options, reserved=("model", "objective", "budget"))
-    return factory(model, classification_loss, budget=section.budget, **options)
+    made = _made("estimator", section.name, factory, model, classification_loss, budget=section.budget, **options)
+    return cast("Estimator", made)
 
 
 def build_loader(config: Config, images: ImageData) -> Loader:
@@ -92,8 +94,8 @@ def build_trainer(config: Config, images: ImageData, folder: Path, *, first_orde
     loader = build_loader(config, images)
     factory = _chosen("optimizer", config.optimizer.name, OPTIMIZERS)
     options = _options("optimizer", config.optimizer.name, factory, config.optimizer.options, reserved=("params",))
-    optimizer = factory(model.parameters(), **options)
-    callbacks: list[Callback] = [Metrics(folder / "metrics.jsonl"), Progress(_label(config, first_order))]
+    optimizer = cast("Optimizer", _made("optimizer", config.optimizer.name, factory, model.parameters(), **options))
+    callbacks: list[Callback] = [Metrics(folder / "metrics.jsonl"), Progress(_label(config, first_order=first_order))]
     if config.tensorboard:
         callbacks.append(TensorBoard(folder / "tensorboard"))
     callbacks.append(Checkpoints(folder / "checkpoints", every=config.checkpoint_every))
@@ -117,10 +119,10 @@ def start(config: Config, folder: Path) -> list[Outcome]:
         raise ConfigError(
             f"{folder} already holds a run. Resume it (deepzero resume {folder}), or choose another folder."
         )
-    images = prepare(config)
+    trainers = _trainers(config, prepare(config), folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    return _train(config, images, folder, resume=False)
+    return _train(config, trainers, resume=False)
 
 
 def resume(folder: Path) -> list[Outcome]:
@@ -128,37 +130,43 @@ def resume(folder: Path) -> list[Outcome]:
     if not (folder / "config.toml").exists():
         raise CheckpointError(f"{folder} holds no run: there is no config.toml in it. Give the folder of a run.")
     config = load_config(folder / "config.toml")
-    return _train(config, prepare(config), folder, resume=True)
+    return _train(config, _trainers(config, prepare(config), folder), resume=True)
 
 
 def prepare(config: Config) -> ImageData:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as refused:  # torch built without CUDA asserts
+        raise ConfigError(f"device = {config.device!r} cannot be used: {refused}") from refused
     return data.load(config.data.name, folder=config.data.folder, seed=config.seed)
 
 
-def _train(config: Config, images: ImageData, folder: Path, *, resume: bool) -> list[Outcome]:
-    places = {False: folder, True: folder / FIRST_ORDER}
-    trainers = {
-        first_order: build_trainer(config, images, place, first_order=first_order)
-        for first_order, place in places.items()
+def _trainers(config: Config, images: ImageData, folder: Path) -> dict[Path, Trainer]:
+    """Folder -> trainer, the zeroth-order one first; all are built before any work, so that a mistake costs no run."""
+    places = {folder: False, folder / FIRST_ORDER: True}
+    return {
+        place: build_trainer(config, images, place, first_order=first_order)
+        for place, first_order in places.items()
         if config.first_order or not first_order
-    }  # all of them before any work: a bad configuration must not cost a run
+    }
+
+
+def _train(config: Config, trainers: Mapping[Path, Trainer], *, resume: bool) -> list[Outcome]:
     outcomes = []
-    for first_order, trainer in trainers.items():
-        place = places[first_order]
+    for number, (place, trainer) in enumerate(trainers.items()):
         last = place / "checkpoints" / "last.pt"
-        if resume and (last.exists() or not first_order):
+        if resume and (last.exists() or number == 0):
             trainer.load_state_dict(checkpoint.load(last))
         else:
             torch.manual_seed(config.seed)
         trainer.fit()
         epochs = [record for record in read_metrics(place / "metrics.jsonl") if record["event"] == "epoch"]
-        outcomes.append(Outcome(_label(config, first_order), epochs[-1]))
+        outcomes.append(Outcome(_label(config, first_order=number == 1), epochs[-1]))
     return outcomes
 
 
-def _label(config: Config, first_order: bool) -> str:
+def _label(config: Config, *, first_order: bool) -> str:
     return FIRST_ORDER if first_order else config.estimator.name
 
 
@@ -207,6 +215,16 @@ def _options(
                 f"{', '.join(free) or 'none'}."
             )
     return cast("dict[str, Any]", dict(options))
+
+
+def _made(section: str, name: str, factory: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """What ``factory`` makes; a value it refuses is the configuration's mistake."""
+    try:
+        return factory(*given, **options)
+    except DeepZeroError:
+        raise
+    except (TypeError, ValueError) as refused:
+        raise ConfigError(f"{section}.options do not suit {name}: {refused}") from refused
 
 
 def _near(name: str, known: list[str]) -> str:
