@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
+import deepzero.run
 import pytest
 import torch
 from rules.cases import ROWS, Case
 from rules.judge import Subject, violations
-
-import deepzero.run
 
 EPS64 = 2.0**-52
 

@@ -1,6 +1,7 @@
 """Normalisation: batch, layer, group. One formula for the normalised value, then the affine part.
 
-With zc = z - mean, dzc = dz - mean(dz), dvar = mean(2 zc dzc + dzc^2), s = sqrt(var + eps), s' = sqrt(var + dvar + eps):
+With zc = z - mean, dzc = dz - mean(dz), dvar = mean(2 zc dzc + dzc^2), s = sqrt(var + eps) and
+s' = sqrt(var + dvar + eps):
 
     d(zc / s) = dzc / s' - zc dvar / (s s' (s + s'))
 """
@@ -106,7 +107,7 @@ def batch_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
                 if train
                 else values * (1 / (v + eps).sqrt()).to(values.dtype)
             )
-        shape = vector[:1] + [z.shape[1]] + vector[2:]
+        shape = [1, z.shape[1], *vector[2:]]
         g, dg = _vector(run, gamma, shape)
         _, db = _vector(run, beta, shape)
         total = affine(dhat, hat, g, dg, db)

@@ -93,7 +93,7 @@ def _expanded(d: Any, shape: tuple[int, ...]) -> Carrier:
     aten._to_copy.default,
 )
 def copy(run: Block, node: fx.Node) -> Any:
-    """A copy moves as its source does; a cast to an integer or bool type rounds, and is therefore piecewise constant."""
+    """A copy moves as its source does; a cast to an integer or bool type is piecewise constant."""
     source = run.exact(node.args[0])
     target = run.exact(node)
     if target.is_floating_point() or source.dtype == target.dtype:

@@ -84,7 +84,7 @@ def linear(op: Any, *positions: int, follow: Follow | None = None) -> None:
         out = _batched(run, node, args, positions)
         return tuple(Dense(o) for o in out) if isinstance(out, tuple | list) else Dense(out)
 
-    RULES[op] = _named(apply, f"linear {op}")
+    rule(op)(_named(apply, f"linear {op}"))
 
 
 def _contains(args: Any, node: fx.Node) -> bool:
