@@ -84,7 +84,8 @@ def dense(carrier: Carrier) -> Tensor:
         return carrier.values
     if isinstance(carrier, OneEntry):
         out = carrier.step.new_zeros((len(carrier.step), *carrier.shape))
-        out[(torch.arange(len(out), device=out.device), *carrier.index.unbind(1))] = carrier.step
+        at = (torch.arange(len(out), device=out.device), *carrier.index.unbind(1))
+        out[at] = carrier.step
         return out
     assert isinstance(carrier, OneChannel)
     out = empty_dense(len(carrier.values), carrier.shape, carrier.values).zero_()

@@ -132,19 +132,15 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     return isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape
 
 
-def _square_pool(node: fx.Node) -> int:
+def _square_pool(node: Any) -> int:
     """k for a k x k max pool with stride k and nothing else; 0 for any other node."""
     if node.target is not aten.max_pool2d_with_indices.default:
         return 0
     _, kernel, *rest = node.args
-    stride = rest[0] if rest and rest[0] else kernel
-    k = list(kernel)  # type: ignore[call-overload]
-    if len(set(k)) != 1 or list(stride) != k or any(bool(r) and r not in ([0], [1], [0, 0], [1, 1]) for r in rest[1:]):  # type: ignore[call-overload]
-        return 0
-    padding = rest[1] if len(rest) > 1 else [0]
-    dilation = rest[2] if len(rest) > 2 else [1]
-    ceil = rest[3] if len(rest) > 3 else False
-    return int(k[0]) if set(padding) <= {0} and set(dilation) <= {1} and not ceil else 0  # type: ignore[arg-type]
+    stride, padding, dilation, ceil = [*rest, *([None] * 4)][:4]
+    plain = set(padding or [0]) <= {0} and set(dilation or [1]) <= {1} and not ceil
+    square = len(set(kernel)) == 1 and list(stride or kernel) == list(kernel)
+    return int(kernel[0]) if square and plain else 0
 
 
 def _run_norm(run: Block, parts: _Norm) -> Carrier | None:

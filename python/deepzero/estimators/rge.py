@@ -144,7 +144,8 @@ class RGE(EngineEstimator):
         for (name, where), part in zip(selected.items(), parts, strict=True):
             shape = self.model.get_parameter(name).shape
             values = torch.zeros((len(u), *shape), dtype=self.engine.dtype, device=u.device)
-            values[(slice(None), *where.unbind(1))] = (mu * part).to(self.engine.dtype)
+            at: Any = (slice(None), *where.unbind(1))
+            values[at] = (mu * part).to(self.engine.dtype)
             moved[name] = values
         if ready.whole is not None:
             whole = ready.whole
