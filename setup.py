@@ -25,8 +25,8 @@ from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).resolve().parent
 
-# One stem per op: csrc/cpu/<op>.cpp, csrc/cuda/<op>.cuh.
-OPS = ("conv2d_tap", "channel_conv2d", "channel_batch_norm", "cross_entropy_difference")
+# One stem per op: csrc/cpu/<op>.cpp, and csrc/cuda/<op>.cuh where there is one.
+OPS = ("conv2d_tap", "channel_conv2d", "channel_batch_norm", "dense_batch_norm", "cross_entropy_difference")
 LEVEL_SOURCES = ("table", *OPS)  # in csrc/cpu, compiled once per instruction set level
 PLAIN_SOURCES = ("module", "cpu/dispatch")
 CUDA_SOURCES = ("cuda/library",)  # includes every <op>.cuh
@@ -144,7 +144,9 @@ def ninja_file(
     lines.append(f"build _C.so: link {' '.join(objects)}")
     if cuda.nvcc:
         sources = " ".join(f"{csrc}/{source}.cu" for source in CUDA_SOURCES)
-        headers = " ".join(f"{csrc}/cuda/{name}.cuh" for name in ("common", *OPS))
+        headers = " ".join(
+            f"{csrc}/cuda/{name}.cuh" for name in ("common", *OPS) if (root / f"csrc/cuda/{name}.cuh").exists()
+        )
         lines += [
             "rule nvcc",
             f"  command = {cuda.nvcc} -shared -O3 -std=c++17 -cudart static -Xcompiler -fPIC,-fvisibility=hidden "
@@ -193,7 +195,9 @@ class build_ext(_build_ext):
             raise CompileError(f"building {ext.name} failed")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.folder / library, target)
+        fresh = target.with_suffix(".new")  # a process that has the old library open keeps it
+        shutil.copyfile(self.folder / library, fresh)
+        os.replace(fresh, target)
 
 
 if __name__ == "__main__":

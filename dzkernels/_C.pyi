@@ -15,6 +15,20 @@ def channel_conv2d(delta: int, channel: int, weight: int, out: int, /, *sizes: i
 def channel_batch_norm(
     delta: int, channel: int, x: int, mean: int, var: int, gamma: int, y: int, out: int, eps: float, /, *sizes: int
 ) -> None: ...
+def dense_batch_norm(
+    delta: int,
+    zc: int,
+    var: int,
+    gamma: int,
+    residual: int,
+    residual_channel: int,
+    y: int,
+    gap: int,
+    out: int,
+    eps: float,
+    /,
+    *sizes: int,
+) -> None: ...
 def cross_entropy_difference(
     log_probs: int, probs: int, target: int, dlogits: int, out: int, /, *sizes: int
 ) -> None: ...

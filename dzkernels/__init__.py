@@ -3,7 +3,7 @@
 from ._load import build_info
 from .backends import BACKENDS, BackendError, available_backends, use_backend, use_isa
 from .memory import keep_freed_memory
-from .ops import OPS, channel_batch_norm, channel_conv2d, conv2d_tap, cross_entropy_difference
+from .ops import OPS, channel_batch_norm, channel_conv2d, conv2d_tap, cross_entropy_difference, dense_batch_norm
 
 __all__ = [
     "BACKENDS",
@@ -15,6 +15,7 @@ __all__ = [
     "channel_conv2d",
     "conv2d_tap",
     "cross_entropy_difference",
+    "dense_batch_norm",
     "keep_freed_memory",
     "use_backend",
     "use_isa",

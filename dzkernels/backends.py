@@ -81,6 +81,10 @@ _REFUSALS: dict[str, Callable[[torch.device | None, torch.dtype | None], str | N
 }
 
 
+# What kernels take beyond float32.
+_MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {("cpu", "dense_batch_norm"): (torch.bfloat16,)}
+
+
 @functools.cache
 def has_kernel(backend: str, op: str) -> bool:
     return importlib.util.find_spec(f"dzkernels.{backend}.{op}") is not None
@@ -89,7 +93,7 @@ def has_kernel(backend: str, op: str) -> bool:
 def _refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if not has_kernel(backend, op):
         return f"it has no kernel for {op}"
-    return _REFUSALS[backend](device, dtype)
+    return _REFUSALS[backend](device, None if dtype in _MORE_DTYPES.get((backend, op), ()) else dtype)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -140,7 +144,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
             )
         return forced
     if device.type == "cpu":  # the common case first: nothing to explain
-        if (refused := _refuse_cpu(device, dtype)) is None:
+        if (refused := _refusal("cpu", op, device, dtype)) is None:
             return "cpu"
         refusals = {"cpu": refused}
         chosen = "reference"

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _check as check
 from . import backends
 
-OPS = ("conv2d_tap", "channel_conv2d", "channel_batch_norm", "cross_entropy_difference")
+OPS = ("conv2d_tap", "channel_conv2d", "channel_batch_norm", "dense_batch_norm", "cross_entropy_difference")
 
 Pair = int | Sequence[int]
 
@@ -185,6 +185,113 @@ def channel_batch_norm(
     check.in_range(op, "channel", channel, channels, "channels of x")
     scale = torch.ones_like(mean) if gamma is None else gamma.to(torch.float64)
     return backends.run(op, delta, delta, channel, x, mean, var, scale, eps=float(eps), y=y if relu else None)
+
+
+def dense_batch_norm(
+    delta: Tensor,
+    zc: Tensor,
+    var: Tensor,
+    gamma: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    training: bool = True,
+    residual: Tensor | None = None,
+    residual_channel: Tensor | None = None,
+    y: Tensor | None = None,
+    relu: bool = False,
+    pool: int = 1,
+    gap: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A difference in every channel through batch norm, plus a residual difference, then ReLU, then max pooling.
+
+    training: d = delta[p] - mean(delta[p]), dvar = mean(2 zc d + d^2), s = sqrt(var + eps), s' = sqrt(var + dvar + eps)
+              a = gamma * (d / s' - zc * dvar / (s * s' * (s + s'))), means over N, H, W of each channel
+    else:     a = gamma / s * delta[p]
+    a = a + residual[p] where there is one
+    relu:     a = max(y + a, 0) - max(y, 0)
+    pool > 1: out = max of gap + a over windows of pool x pool, without padding; trailing rows and columns are dropped
+
+    delta             [P, N, C, H, W]
+    zc                [N, C, H, W]     base input of the norm minus its mean, rounded once; base dtype
+    var               [C] float64      biased variance of the base input (training), or the running variance
+    gamma             [C]              weight of the norm, float32 or float64; None means 1
+    residual          [P, N, C, H, W]  any floating-point dtype; or with residual_channel [P] int64 the difference
+                      [P, N, H, W]     of that one channel, base dtype
+    y                 [N, C, H, W]     base value before the ReLU, residual included, base dtype; needed with relu only
+    gap               [N, C, H, W]     base activation minus the maximum of its window (<= 0), base dtype; with pool > 1
+    result            [P, N, C, H // pool, W // pool]  a view of contiguous [P, N, H, W, C] memory, dtype out_dtype
+
+    The base dtype, also that of the result unless out_dtype is given, is float64 for a float64 delta, else float32.
+
+    Exactness: float32 arithmetic; moments in float64 of sums of at most 64 float32 terms, about a value near the mean.
+    So an output is off by a few roundings of |gamma| * (|d| / s' + |zc dvar| / (s s' (s + s'))) + |residual|, and at
+    worst by 70 of |gamma| * (mean|d| / s' + |zc| m / (s s' (s + s'))), m = mean(2 |zc d| + d^2). Nothing cancels: the
+    variance is taken anew where it would.
+    Cost: reads delta twice and residual once, writes the result; zc, y and gap come from cache.
+    """
+    op = "dense_batch_norm"
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    check.of_shape(op, "delta", delta, (None, None, None, None, None), "[P, N, C, H, W]")
+    perturbations, samples, channels, height, width = delta.shape
+    if delta[:1].numel() == 0 and perturbations != 0:
+        raise ValueError(f"dz::{op}: delta must be non-empty in N, C, H and W, got {check.shape(delta)}")
+    base = torch.float64 if delta.dtype == torch.float64 else torch.float32
+    _base_input(op, "zc", zc, delta, base)
+    for name, tensor, dtypes in (("var", var, (torch.float64,)), ("gamma", gamma, (torch.float32, torch.float64))):
+        if tensor is not None:
+            check.of_dtype(op, name, tensor, dtypes)
+            check.of_shape(op, name, tensor, (channels,), "[C]")
+            check.same_device(op, name, tensor, "delta", delta)
+    if residual_channel is not None and residual is None:
+        raise ValueError(f"dz::{op}: residual must be given with residual_channel, got None")
+    if residual is not None:
+        if residual_channel is None:
+            check.of_dtype(op, "residual", residual, check.FLOATS)
+            check.of_shape(op, "residual", residual, tuple(delta.shape), "[P, N, C, H, W]")
+        else:
+            check.of_dtype(op, "residual", residual, (base,))
+            check.of_shape(op, "residual", residual, (perturbations, samples, height, width), "[P, N, H, W]")
+            check.of_dtype(op, "residual_channel", residual_channel, (torch.int64,))
+            check.of_shape(op, "residual_channel", residual_channel, (perturbations,), "[P]")
+            check.same_device(op, "residual_channel", residual_channel, "delta", delta)
+            check.in_range(op, "residual_channel", residual_channel, channels, "channels")
+        check.same_device(op, "residual", residual, "delta", delta)
+    if relu:
+        if y is None:
+            raise ValueError(f"dz::{op}: y must be given with relu=True, got None")
+        _base_input(op, "y", y, delta, base)
+    _pool(op, pool, height, width)
+    if pool > 1:
+        if gap is None:
+            raise ValueError(f"dz::{op}: gap must be given with pool={pool}, got None")
+        _base_input(op, "gap", gap, delta, base)
+    if not eps >= 0:
+        raise ValueError(f"dz::{op}: eps must be at least 0, got {eps}")
+    if out_dtype is None:
+        out_dtype = base
+    elif out_dtype not in check.FLOATS:
+        raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
+    scale = torch.ones_like(var) if gamma is None else gamma.to(torch.float64)
+    return backends.run(
+        op, delta, delta, zc, var, scale, eps=float(eps), training=bool(training), residual=residual,
+        residual_channel=residual_channel, y=y if relu else None, pool=pool, gap=gap if pool > 1 else None,
+        out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def _base_input(op: str, name: str, tensor: Tensor, delta: Tensor, dtype: torch.dtype) -> None:
+    """[N, C, H, W] for a delta [P, N, C, H, W]."""
+    check.of_dtype(op, name, tensor, (dtype,))
+    check.of_shape(op, name, tensor, tuple(delta.shape[1:]), "[N, C, H, W]")
+    check.same_device(op, name, tensor, "delta", delta)
+
+
+def _pool(op: str, pool: int, height: int, width: int) -> None:
+    if not isinstance(pool, int) or not 1 <= pool <= max(1, min(height, width)):
+        raise ValueError(
+            f"dz::{op}: pool must be an integer in 1..{min(height, width)} (height and width), got {pool!r}"
+        )
 
 
 def cross_entropy_difference(log_probs: Tensor, target: Tensor, dlogits: Tensor) -> Tensor:

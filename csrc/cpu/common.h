@@ -26,6 +26,14 @@ constexpr int64_t kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
+typedef uint16_t HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef uint32_t FloatBits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+// The upper half of a float32.
+struct Bf16 {
+  uint16_t bits;
+};
+
 // Eight lanes at every level, so that sums are partitioned alike everywhere.
 typedef float Float8 __attribute__((vector_size(32)));
 typedef double Double8 __attribute__((vector_size(64)));
@@ -41,6 +49,41 @@ DZ_INLINE V load(const T* p) {
 template <typename V, typename T>
 DZ_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
+}
+
+DZ_INLINE Vec load_vec(const float* p) { return load<Vec>(p); }
+
+DZ_INLINE Vec load_vec(const Bf16* p) {
+  const FloatBits bits = __builtin_convertvector(load<HalfBits>(p), FloatBits) << 16;
+  return reinterpret_cast<Vec>(bits);
+}
+
+DZ_INLINE void store_vec(float* p, Vec v) { store(p, v); }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+DZ_INLINE void store_vec(Bf16* p, Vec v) {
+  const FloatBits bits = reinterpret_cast<FloatBits>(v);
+  const FloatBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const FloatBits kept = v == v ? rounded : (bits | 0x400000);
+  store(p, __builtin_convertvector(kept >> 16, HalfBits));
+}
+
+DZ_INLINE void store_one(float* p, float v) { *p = v; }
+
+DZ_INLINE void store_one(Bf16* p, float v) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, sizeof(bits));
+  bits = v == v ? bits + 0x7fff + ((bits >> 16) & 1) : (bits | 0x400000);
+  p->bits = static_cast<uint16_t>(bits >> 16);
+}
+
+DZ_INLINE float to_float(float v) { return v; }
+
+DZ_INLINE float to_float(Bf16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
 DZ_INLINE Double8 widen(Float8 v) { return __builtin_convertvector(v, Double8); }

@@ -34,6 +34,17 @@
                           double eps, int64_t P, int64_t N, int64_t H, int64_t W,                                      \
                           int64_t xn, int64_t xc, int64_t xh, int64_t xw,                                              \
                           int64_t yn, int64_t yc, int64_t yh, int64_t yw))                                             \
+  OP(dense_batch_norm, (const void* delta, /* [P, N, H, W, C] float32, or bfloat16 with delta_half                 */  \
+                        const float* zc,   /* [N, H, W, C]                                                         */  \
+                        const double* var, const double* gamma, /* [C] each                                        */  \
+                        const void* residual, /* null, or [P, N, H, W, C] float32 (bfloat16 with residual_half);   */  \
+                                           /* [P, N, H, W] float32 with residual_channel                           */  \
+                        const int64_t* residual_channel, /* [P] or null                                            */  \
+                        const float* y,    /* [N, H, W, C] or null: no activation                                  */  \
+                        const float* gap,  /* [N, H, W, C] or null: no pooling                                     */  \
+                        void* out,         /* [P, N, H / pool, W / pool, C] float32, or bfloat16 with out_half     */  \
+                        double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t C, int64_t pool,               \
+                        bool training, bool delta_half, bool residual_half, bool out_half))                            \
   OP(cross_entropy_difference, (const double* log_probs, const double* probs, /* [N, K] each                       */  \
                                 const int64_t* target, /* [N]                                                      */  \
                                 const float* dlogits,  /* [P, N, K]                                                */  \

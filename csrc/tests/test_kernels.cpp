@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -38,6 +39,8 @@ void compare(const std::string& what, const std::vector<T>& got, const std::vect
 }
 
 std::mt19937 random_bits(1);
+
+int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
 
@@ -205,6 +208,94 @@ void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t
   compare("channel_batch_norm cuda on host", out, wanted, 4e-6);
 }
 
+uint16_t to_half(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float from_half(uint16_t v) {
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// `kind` of residual: 0 none, 1 dense, 2 dense bfloat16, 3 one channel.
+void test_dense_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t W, int64_t pool, int kind, bool training,
+                           bool relu, bool half) {
+  const int64_t M = N * H * W, E = M * C, Ho = H / pool, Wo = W / pool;
+  const double eps = 1e-5;
+  Floats zc = normals(E, 1), delta = normals(P * E, 0.5f), residual = normals(P * (kind == 3 ? M : E), 0.5f);
+  const Floats y = normals(E, 1);
+  Doubles var(static_cast<size_t>(C)), gamma;
+  Indices channel;
+  for (int64_t p = 0; p < P; ++p) channel.push_back(draw(0, C - 1));
+  for (int64_t c = 0; c < C; ++c) {
+    double mean = 0;
+    for (int64_t m = 0; m < M; ++m) mean += zc[m * C + c] / static_cast<double>(M);
+    for (int64_t m = 0; m < M; ++m) zc[m * C + c] = static_cast<float>(zc[m * C + c] - mean);
+    for (int64_t m = 0; m < M; ++m) var[c] += std::pow(zc[m * C + c], 2) / static_cast<double>(M);
+    gamma.push_back(0.5 + static_cast<double>(c % 3));
+  }
+  std::vector<uint16_t> delta_half, residual_half;
+  if (half) {
+    for (float& v : delta) delta_half.push_back(to_half(v)), v = from_half(delta_half.back());
+  }
+  if (kind == 2) {
+    for (float& v : residual) residual_half.push_back(to_half(v)), v = from_half(residual_half.back());
+  }
+  Floats gap(static_cast<size_t>(E)), moved(static_cast<size_t>(P * E)), wanted;
+  const auto base = [&](int64_t i) { return relu ? std::fmax(y[i], 0.0f) : y[i]; };
+  for (int64_t i = 0; i < E; ++i) {
+    const int64_t c = i % C, w = i / C % W, h = i / C / W % H, n = i / C / W / H;
+    float top = base(i);
+    for (int64_t a = h / pool * pool; a < lesser(H, (h / pool + 1) * pool); ++a) {
+      for (int64_t b = w / pool * pool; b < lesser(W, (w / pool + 1) * pool); ++b) {
+        top = std::fmax(top, base(((n * H + a) * W + b) * C + c));
+      }
+    }
+    gap[i] = base(i) - top;
+  }
+  for (int64_t p = 0; p < P; ++p) {
+    for (int64_t c = 0; c < C; ++c) {
+      double mean = 0, after = 0;
+      for (int64_t m = 0; m < M && training; ++m) mean += delta[p * E + m * C + c] / static_cast<double>(M);
+      const auto at = [&](int64_t m) { return zc[m * C + c] + (delta[p * E + m * C + c] - mean); };
+      for (int64_t m = 0; m < M; ++m) after += std::pow(at(m), 2) / static_cast<double>(M);
+      for (int64_t m = 0; m < M; ++m) {
+        const int64_t i = m * C + c;
+        const double s = std::sqrt(var[c] + eps);
+        double change = gamma[c] * (training ? at(m) / std::sqrt(after + eps) - zc[i] / s : delta[p * E + i] / s);
+        if (kind == 1 || kind == 2) change += residual[p * E + i];
+        if (kind == 3 && channel[p] == c) change += residual[p * M + m];
+        moved[p * E + i] =
+            static_cast<float>(relu ? std::fmax(y[i] + change, 0) - std::fmax(static_cast<double>(y[i]), 0) : change);
+      }
+    }
+    for (int64_t o = 0; o < N * Ho * Wo * C; ++o) {
+      const int64_t c = o % C, v = o / C % Wo, u = o / C / Wo % Ho, n = o / C / Wo / Ho;
+      float top = -HUGE_VALF;
+      for (int64_t k = 0; k < pool * pool; ++k) {
+        const int64_t i = ((n * H + u * pool + k / pool) * W + v * pool + k % pool) * C + c;
+        top = std::fmax(top, pool > 1 ? gap[i] + moved[p * E + i] : moved[p * E + i]);
+      }
+      wanted.push_back(top);
+    }
+  }
+  std::vector<uint16_t> out_half(half ? wanted.size() : 0);
+  Floats out = poisoned(half ? 0 : static_cast<int64_t>(wanted.size()));
+  const void* from = half ? static_cast<const void*>(delta_half.data()) : delta.data();
+  const void* with = kind == 2 ? static_cast<const void*>(residual_half.data()) : residual.data();
+  dz::kernels().dense_batch_norm(from, zc.data(), var.data(), gamma.data(), kind == 0 ? nullptr : with,
+                                 kind == 3 ? channel.data() : nullptr, relu ? y.data() : nullptr,
+                                 pool > 1 ? gap.data() : nullptr,
+                                 half ? static_cast<void*>(out_half.data()) : out.data(), eps, P, N, H, W, C, pool,
+                                 training, half, kind == 2, half);
+  for (const uint16_t v : out_half) out.push_back(from_half(v));
+  compare("dense_batch_norm " + dz::isa(), out, wanted, half ? 8e-3 : 2e-5);
+}
+
 void test_cross_entropy_difference(int64_t P, int64_t N, int64_t K, float scale) {
   const Floats logits = normals(N * K, 2), dlogits = normals(P * N * K, scale);
   Doubles log_probs, probs;
@@ -258,6 +349,10 @@ int main() {
     for (int round = 0; round < 40; ++round) {
       test_channel_batch_norm(draw(0, 5), draw(2, 4), draw(1, 3), draw(1, 7), draw(2, 9), round % 3 == 0 ? 1e-3f : 1.0f,
                               round % 2 != 0, round % 4 < 2);
+      const int64_t height = draw(2, 7), width = draw(2, 9);
+      test_dense_batch_norm(draw(0, 5), draw(2, 4), draw(1, 40), height, width,
+                            draw(1, lesser(3, lesser(height, width))), round % 4, round % 5 != 0, round % 2 == 0,
+                            round % 3 == 0);
       test_cross_entropy_difference(draw(0, 5), draw(1, 40), draw(1, 70), round % 3 == 0 ? 1e-3f : 30.0f);
     }
     test_channel_batch_norm(2, 5, 2, 40, 43, 1.0f, true, true);  // several blocks

@@ -1,0 +1,450 @@
+#include "common.h"
+
+namespace dz {
+namespace {
+
+// The values of one perturbation are one run of N * H * W * C floats in which channels repeat with period C. They are
+// handled as rows of lcm(C, 16) floats: a place in a row has one channel, so coefficients are vectors and no C leaves
+// a tail. Sums are taken in float32 over the rows of a block, and over blocks in float64 and in order: the result does
+// not depend on which thread took which block.
+constexpr int64_t kRows = 64;                 // at most, so a float32 sum has at most 64 terms
+constexpr int64_t kBlock = 8192;              // floats of a block, about
+constexpr int64_t kCache = 512 << 10;         // bytes of differences that one thread keeps between two passes
+constexpr int kGroup = kLanes == 16 ? 4 : 2;  // vectors whose sums or coefficients are in registers
+constexpr int64_t kMoments = 3;               // of e = d - shift: sums of e, e^2, zc e
+enum Coefficient { kShift, kScale, kPull, kOffset, kCoefficients };  // dn = scale (d - shift) - (pull zc + offset)
+
+int64_t row_length(int64_t C) {
+  int64_t twos = C & -C;
+  if (twos > 16) twos = 16;
+  const int64_t least = C * (16 / twos);
+  return least < 64 ? least * ceil_div(64, least) : least;
+}
+
+// How a run of floats falls into rows.
+struct Rows {
+  Rows(int64_t size, int64_t length)
+      : vectors(length / kLanes), full(size / length), rest((size - full * length) / kLanes), tail(size % kLanes) {}
+  int64_t vectors;  // of a row
+  int64_t full;     // rows
+  int64_t rest;     // vectors after them
+  int64_t tail;     // floats after those
+};
+
+// The first `count` floats of a vector whose others are zero.
+template <typename T>
+DZ_INLINE Vec load_first(const T* from, int64_t count) {
+  float values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = to_float(from[i]);
+  return load<Vec>(values);
+}
+
+template <typename T>
+DZ_INLINE void store_first(T* to, Vec v, int64_t count) {
+  T values[kLanes];
+  store_vec(values, v);
+  for (int64_t i = 0; i < count; ++i) to[i] = values[i];
+}
+
+template <int N>
+struct Size {
+  static constexpr int value = N;
+};
+
+// Sums over `rows` rows for the GROUP vectors that d points at.
+template <int GROUP, typename In>
+DZ_INLINE void add_rows(const In* d, const float* zc, const float* shift, float* sums, int64_t rows, int64_t length) {
+  Vec e1[GROUP], e2[GROUP], ze[GROUP], from[GROUP];
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUP; ++g) {
+    e1[g] = e2[g] = ze[g] = Vec{};
+    from[g] = load<Vec>(shift + g * kLanes);
+  }
+  for (int64_t r = 0; r < rows; ++r, d += length, zc += length) {
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUP; ++g) {
+      const Vec e = load_vec(d + g * kLanes) - from[g];
+      e1[g] += e;
+      e2[g] += e * e;
+      ze[g] += e * load<Vec>(zc + g * kLanes);
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUP; ++g) {
+    store(sums + g * kLanes, e1[g]);
+    store(sums + length + g * kLanes, e2[g]);
+    store(sums + 2 * length + g * kLanes, ze[g]);
+  }
+}
+
+DZ_INLINE void add_one(Vec e, Vec zc, float* sums, int64_t length) {
+  store(sums, load<Vec>(sums) + e);
+  store(sums + length, load<Vec>(sums + length) + e * e);
+  store(sums + 2 * length, load<Vec>(sums + 2 * length) + e * zc);
+}
+
+// sums[3, length] over one block of `size` floats.
+template <typename In>
+void moments(const In* d, const float* zc, const float* shift, float* sums, int64_t size, int64_t length) {
+  const Rows rows(size, length);
+  for (int64_t j = 0; j < rows.vectors;) {
+    const int64_t at = j * kLanes, left = rows.vectors - j;
+    const auto run = [&](auto group) {
+      constexpr int size = decltype(group)::value;
+      add_rows<size>(d + at, zc + at, shift + at, sums + at, rows.full, length);
+      j += size;
+    };
+    if (left >= kGroup + 2 || left == kGroup) {
+      run(Size<kGroup>());
+    } else if (left >= 3 && kGroup > 3) {
+      run(Size<3>());
+    } else if (left >= 2) {
+      run(Size<2>());
+    } else {
+      run(Size<1>());
+    }
+  }
+  const int64_t done = rows.full * length;
+  int64_t at = 0;
+  for (; at < rows.rest * kLanes; at += kLanes) {
+    add_one(load_vec(d + done + at) - load<Vec>(shift + at), load<Vec>(zc + done + at), sums + at, length);
+  }
+  if (rows.tail != 0) {
+    const Vec e = load_first(d + done + at, rows.tail) - load_first(shift + at, rows.tail);
+    add_one(e, load_first(zc + done + at, rows.tail), sums + at, length);
+  }
+}
+
+// max(y + dy, 0) - max(y, 0) without subtracting the two: one of the two terms of the sum is 0. NaN stays NaN.
+DZ_INLINE Vec relu_change(Vec y, Vec dy) {
+  const Vec zero = {};
+  const Vec moved = (y > zero ? zero : y) + dy, least = y > zero ? -y : zero;
+  return moved < least ? least : moved;
+}
+
+struct NoResidual {};
+DZ_INLINE const NoResidual* skip(const NoResidual* p, int64_t) { return p; }
+template <typename T>
+DZ_INLINE const T* skip(const T* p, int64_t count) {
+  return p + count;
+}
+DZ_INLINE Vec add(Vec v, const NoResidual*, int64_t) { return v; }
+template <typename T>
+DZ_INLINE Vec add(Vec v, const T* residual, int64_t at) {
+  return v + load_vec(residual + at);
+}
+DZ_INLINE Vec add_first(Vec v, const NoResidual*, int64_t) { return v; }
+template <typename T>
+DZ_INLINE Vec add_first(Vec v, const T* residual, int64_t count) {
+  return v + load_first(residual, count);
+}
+
+struct Coefficients {
+  Vec shift, scale, pull, offset;
+  DZ_INLINE Vec change(Vec d, Vec zc) const { return scale * (d - shift) - (pull * zc + offset); }
+};
+
+DZ_INLINE Coefficients coefficients_at(const float* from, int64_t length) {
+  return {load<Vec>(from + kShift * length), load<Vec>(from + kScale * length), load<Vec>(from + kPull * length),
+          load<Vec>(from + kOffset * length)};
+}
+
+// `rows` rows of the GROUP vectors that d points at.
+template <int GROUP, bool RELU, typename In, typename Residual, typename Out>
+DZ_INLINE void apply_rows(const In* d, const float* zc, const Residual* residual, const float* y, Out* out,
+                          const float* coefficients, int64_t rows, int64_t length) {
+  Coefficients own[GROUP];
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUP; ++g) own[g] = coefficients_at(coefficients + g * kLanes, length);
+  for (int64_t at = 0; at < rows * length; at += length) {
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUP; ++g) {
+      const int64_t i = at + g * kLanes;
+      Vec v = add(own[g].change(load_vec(d + i), load<Vec>(zc + i)), residual, i);
+      if constexpr (RELU) v = relu_change(load<Vec>(y + i), v);
+      store_vec(out + i, v);
+    }
+  }
+}
+
+// Change of the norm, plus the residual, through the ReLU, for a run of `size` floats that begins with channel 0.
+template <bool RELU, typename In, typename Residual, typename Out>
+void apply(const In* d, const float* zc, const Residual* residual, const float* y, Out* out, const float* coefficients,
+           int64_t size, int64_t length) {
+  const Rows rows(size, length);
+  for (int64_t at = 0; at < length && rows.full > 0;) {
+    const float* base = RELU ? y + at : nullptr;
+    if (length - at >= kGroup * kLanes) {
+      apply_rows<kGroup, RELU>(d + at, zc + at, skip(residual, at), base, out + at, coefficients + at, rows.full,
+                               length);
+      at += kGroup * kLanes;
+    } else {
+      apply_rows<1, RELU>(d + at, zc + at, skip(residual, at), base, out + at, coefficients + at, rows.full, length);
+      at += kLanes;
+    }
+  }
+  int64_t i = rows.full * length, place = 0;
+  for (; place < rows.rest * kLanes; place += kLanes, i += kLanes) {
+    apply_rows<1, RELU>(d + i, zc + i, skip(residual, i), RELU ? y + i : nullptr, out + i, coefficients + place, 1,
+                        length);
+  }
+  if (const int64_t left = rows.tail; left != 0) {
+    const Coefficients own = coefficients_at(coefficients + place, length);
+    Vec v = add_first(own.change(load_first(d + i, left), load_first(zc + i, left)), skip(residual, i), left);
+    if constexpr (RELU) v = relu_change(load_first(y + i, left), v);
+    store_first(out + i, v, left);
+  }
+}
+
+DZ_INLINE Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }  // NaN stays NaN
+DZ_INLINE float larger(float a, float b) { return b > a || b != b ? b : a; }
+
+// One row of windows: the maximum of moved + gap over pool rows of `stride` floats and pool columns. `row` is scratch.
+template <typename Out>
+void pool_row(const float* moved, const float* gap, float* row, Out* out, int64_t pool, int64_t stride, int64_t columns,
+              int64_t C) {
+  const int64_t width = columns * pool * C;
+  int64_t x = 0;
+  for (; x + kLanes <= width; x += kLanes) {
+    Vec best = load<Vec>(moved + x) + load<Vec>(gap + x);
+    for (int64_t i = 1; i < pool; ++i) {
+      best = larger(best, load<Vec>(moved + i * stride + x) + load<Vec>(gap + i * stride + x));
+    }
+    store(row + x, best);
+  }
+  for (; x < width; ++x) {
+    float best = moved[x] + gap[x];
+    for (int64_t i = 1; i < pool; ++i) best = larger(best, moved[i * stride + x] + gap[i * stride + x]);
+    row[x] = best;
+  }
+  for (int64_t v = 0; v < columns; ++v, row += pool * C, out += C) {
+    if (C >= kLanes) {
+      for (int64_t c = 0; c < C; c += kLanes) {  // the last vector overlaps the one before it
+        const int64_t at = lesser(c, C - kLanes);
+        Vec best = load<Vec>(row + at);
+        for (int64_t j = 1; j < pool; ++j) best = larger(best, load<Vec>(row + j * C + at));
+        store_vec(out + at, best);
+      }
+    } else {
+      for (int64_t c = 0; c < C; ++c) {
+        float best = row[c];
+        for (int64_t j = 1; j < pool; ++j) best = larger(best, row[j * C + c]);
+        store_one(out + c, best);
+      }
+    }
+  }
+}
+
+// Everything but the types of delta and of the result.
+struct Norm {
+  const float* zc;
+  const double *var, *gamma;
+  const void* residual;
+  const int64_t* residual_channel;
+  const float *y, *gap;
+  double eps;
+  int64_t P, N, H, W, C, pool;
+  bool training, residual_half;
+  int64_t size, length;  // of one perturbation, of a row
+};
+
+// The mean of eight pixels: near enough to the mean of all, so that sums about it do not cancel.
+template <typename In>
+void make_shift(const Norm& norm, const In* d, float* shift) {
+  const int64_t pixels = norm.size / norm.C, count = lesser(pixels, 8);
+  for (int64_t c = 0; c < norm.C; ++c) {
+    double sum = 0.0;
+    for (int64_t k = 0; k < count; ++k) sum += to_float(d[pixels * k / count * norm.C + c]);
+    shift[c] = static_cast<float>(sum / static_cast<double>(count));
+  }
+  for (int64_t i = norm.C; i < norm.length; ++i) shift[i] = shift[i - norm.C];
+}
+
+// Mean of (zc + d - mean_d)^2 over one channel.
+template <typename In>
+double moved_variance(const float* zc, const In* d, double mean_d, int64_t size, int64_t C) {
+  double total = 0.0;
+  for (int64_t i = 0; i < size; i += C) {
+    const double moved = zc[i] + (to_float(d[i]) - mean_d);
+    total += moved * moved;
+  }
+  return total / static_cast<double>(size / C);
+}
+
+// Coefficients of one perturbation from its sums [blocks, kMoments, length]. `total` is scratch of as many float64.
+template <typename In>
+void finish(const Norm& norm, const In* d, const float* sums, int64_t blocks, double* total, float* coefficients) {
+  const int64_t length = norm.length, C = norm.C;
+  const double pixels = static_cast<double>(norm.size / C);
+  float *shift = coefficients + kShift * length, *scale = coefficients + kScale * length;
+  float *pull = coefficients + kPull * length, *offset = coefficients + kOffset * length;
+  for (int64_t i = 0; i < kMoments * length; ++i) total[i] = 0.0;
+  for (int64_t b = 0; b < blocks; ++b, sums += kMoments * length) {
+    for (int64_t i = 0; i < kMoments * length; i += 8) {
+      store(total + i, load<Double8>(total + i) + widen(load<Float8>(sums + i)));
+    }
+  }
+  for (int64_t c = 0; c < C; ++c) {
+    const double before = norm.var[c] + norm.eps, s = __builtin_sqrt(before);
+    if (!norm.training) {
+      shift[c] = pull[c] = offset[c] = 0.0f;
+      scale[c] = static_cast<float>(norm.gamma[c] / s);
+      continue;
+    }
+    double e1 = 0.0, e2 = 0.0, ze = 0.0;
+    for (int64_t i = c; i < length; i += C) {
+      e1 += total[i];
+      e2 += total[length + i];
+      ze += total[2 * length + i];
+    }
+    const double mean_e = e1 / pixels, mean_d = shift[c] + mean_e;
+    const double dvar = (2 * ze + e2) / pixels - mean_e * mean_e;
+    double after = before + dvar;
+    if (after < before / 16) {  // four bits are gone: take the new variance from the moved values themselves
+      after = moved_variance(norm.zc + c, d + c, mean_d, norm.size, C) + norm.eps;
+    }
+    const double t = __builtin_sqrt(after), a = norm.gamma[c] / t;
+    shift[c] = static_cast<float>(mean_d);
+    scale[c] = static_cast<float>(a);
+    pull[c] = static_cast<float>(norm.gamma[c] * dvar / (s * t * (s + t)));
+    offset[c] = static_cast<float>(a * (mean_d - shift[c]));
+  }
+  for (int64_t i = C; i < length; ++i) {
+    for (int64_t k = 0; k < kCoefficients; ++k) coefficients[k * length + i] = coefficients[k * length + i - C];
+  }
+}
+
+// The residual and the ReLU become types. `spread` is zero and stays so.
+template <typename In, typename Out>
+void apply_block(const Norm& norm, int64_t p, const In* d, const float* coefficients, int64_t first, int64_t count,
+                 float* spread, Out* out) {
+  const float *zc = norm.zc + first, *y = norm.y != nullptr ? norm.y + first : nullptr;
+  const auto run = [&](const auto* residual) {
+    if (y != nullptr) {
+      apply<true>(d, zc, residual, y, out, coefficients, count, norm.length);
+    } else {
+      apply<false>(d, zc, residual, y, out, coefficients, count, norm.length);
+    }
+  };
+  const int64_t at = p * norm.size + first;
+  if (norm.residual == nullptr) {
+    run(static_cast<const NoResidual*>(nullptr));
+  } else if (norm.residual_channel != nullptr) {
+    const float* from = static_cast<const float*>(norm.residual) + at / norm.C;
+    float* to = spread + norm.residual_channel[p];
+    for (int64_t i = 0; i < count; i += norm.C) to[i] = *from++;
+    run(static_cast<const float*>(spread));
+    for (int64_t i = 0; i < count; i += norm.C) to[i] = 0.0f;
+  } else if (norm.residual_half) {
+    run(static_cast<const Bf16*>(norm.residual) + at);
+  } else {
+    run(static_cast<const float*>(norm.residual) + at);
+  }
+}
+
+template <typename In, typename Out>
+void dense(const Norm& norm, const In* delta, Out* out) {
+  const int64_t P = norm.P, C = norm.C, size = norm.size, length = norm.length, pool = norm.pool;
+  const int64_t block = length * greater(8, lesser(kRows, kBlock / length)), blocks = ceil_div(size, block);
+  const int64_t threads = omp_get_max_threads();
+  // Several perturbations go over one block of zc, y and gap while that is in cache: as many as fit with both passes,
+  // or a few if not even one does.
+  const int64_t fit = threads * kCache / (size * static_cast<int64_t>(sizeof(In)));
+  const int64_t group = greater(1, lesser(P, fit > 0 ? fit : 8));
+
+  // The second pass goes by blocks of pixels, or of whole rows of windows.
+  const int64_t rows_out = norm.H / pool, columns_out = norm.W / pool, line = norm.W * C;
+  const int64_t strips = norm.N * rows_out, at_once = greater(1, block / (pool * line));
+  const int64_t row_of = norm.H;
+  const auto start = [=](int64_t strip) { return (strip / rows_out * row_of + strip % rows_out * pool) * line; };
+  const int64_t pixels = greater(1, block / C);
+  const int64_t pieces = pool > 1 ? ceil_div(strips, at_once) : ceil_div(size, pixels * C);
+  int64_t widest = pixels * C;
+  if (pool > 1) {
+    widest = 0;
+    for (int64_t k = 0; k < pieces; ++k) {
+      const int64_t last = lesser(strips, (k + 1) * at_once) - 1;
+      widest = greater(widest, start(last) + pool * line - start(k * at_once));
+    }
+  }
+  const int64_t held = ceil_div(widest, 16) * 16;
+  Scratch<float> sums(norm.training ? group * blocks * kMoments * length : 0);
+  Scratch<float> coefficients(group * kCoefficients * length), planes(threads * 3 * held);
+  Scratch<double> totals(threads * kMoments * length);
+
+#pragma omp parallel
+  {
+    float* spread = planes.data + omp_get_thread_num() * 3 * held;
+    float *moved = spread + held, *row = moved + held;
+    double* total = totals.data + omp_get_thread_num() * kMoments * length;
+    for (int64_t i = 0; i < held && norm.residual_channel != nullptr; ++i) spread[i] = 0.0f;
+
+    for (int64_t p0 = 0; p0 < P; p0 += group) {
+      const int64_t count = lesser(group, P - p0);
+      const In* d = delta + p0 * size;
+      if (norm.training) {
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < count; ++p) {
+          make_shift(norm, d + p * size, coefficients.data + p * kCoefficients * length + kShift * length);
+        }
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t first = b * block, part = lesser(block, size - first);
+          for (int64_t p = 0; p < count; ++p) {
+            moments(d + p * size + first, norm.zc + first, coefficients.data + p * kCoefficients * length,
+                    sums.data + (p * blocks + b) * kMoments * length, part, length);
+          }
+        }
+      }
+#pragma omp for schedule(static)
+      for (int64_t p = 0; p < count; ++p) {
+        finish(norm, d + p * size, sums.data + p * blocks * kMoments * length, norm.training ? blocks : 0, total,
+               coefficients.data + p * kCoefficients * length);
+      }
+#pragma omp for schedule(static)
+      for (int64_t k = 0; k < pieces; ++k) {
+        for (int64_t p = 0; p < count; ++p) {
+          const float* own = coefficients.data + p * kCoefficients * length;
+          if (pool == 1) {
+            const int64_t first = k * pixels * C, part = lesser(pixels * C, size - first);
+            apply_block(norm, p0 + p, d + p * size + first, own, first, part, spread, out + (p0 + p) * size + first);
+            continue;
+          }
+          const int64_t strip = k * at_once, stop = lesser(strips, strip + at_once), first = start(strip);
+          apply_block(norm, p0 + p, d + p * size + first, own, first, start(stop - 1) + pool * line - first, spread,
+                      moved);
+          for (int64_t q = strip; q < stop; ++q) {
+            pool_row(moved + (start(q) - first), norm.gap + start(q), row,
+                     out + ((p0 + p) * strips + q) * columns_out * C, pool, line, columns_out, C);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void DZ_KERNEL(dense_batch_norm)(const void* delta, const float* zc, const double* var, const double* gamma,
+                                 const void* residual, const int64_t* residual_channel, const float* y,
+                                 const float* gap, void* out, double eps, int64_t P, int64_t N, int64_t H, int64_t W,
+                                 int64_t C, int64_t pool, bool training, bool delta_half, bool residual_half,
+                                 bool out_half) {
+  const Norm norm = {zc,   var,      gamma,         residual,      residual_channel, y, gap, eps, P, N, H, W, C,
+                     pool, training, residual_half, N * H * W * C, row_length(C)};
+  if (norm.size == 0 || P == 0) return;
+  const auto run = [&](const auto* from) {
+    if (out_half) {
+      dense(norm, from, static_cast<Bf16*>(out));
+    } else {
+      dense(norm, from, static_cast<float*>(out));
+    }
+  };
+  if (delta_half) {
+    run(static_cast<const Bf16*>(delta));
+  } else {
+    run(static_cast<const float*>(delta));
+  }
+}
+
+}  // namespace dz
