@@ -94,13 +94,23 @@ def restored(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 class Promoted(TorchDispatchMode):
-    """Every narrower floating dtype or tensor that reaches an op becomes float64."""
+    """Every narrower floating dtype or tensor that reaches an op becomes float64.
+
+    ``drawn`` is the dtype in which the model at hand draws its random numbers: torch.rand gives other numbers in
+    float64, and the reference is of the same draw.
+    """
+
+    def __init__(self, drawn: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.drawn = drawn
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map(self._wide, (args, kwargs or {}))
         if func in (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default):
             args = (*args[:2], False)
-        return func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and ("dtype" in kwargs or "_like" in str(func)):
+            kwargs = {**kwargs, "dtype": self.drawn}
+        return pytree.tree_map(self._wide, func(*args, **kwargs))
 
     @staticmethod
     def _wide(value: Any) -> Any:
@@ -115,6 +125,10 @@ def double_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double()
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters())
+
+
 def double_batch(batch: Any) -> Any:
     return pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, batch)
 
@@ -125,7 +139,7 @@ def plain_quotients(model: nn.Module, objective: Objective, batch: Any, mask: Ma
     parameters = dict(twin.named_parameters())
 
     def loss() -> float:
-        with restored(twin), Promoted():
+        with restored(twin), Promoted(dtype_of(model)):
             return float(objective(twin, data))
 
     base = loss()
@@ -146,7 +160,7 @@ def autograd(model: nn.Module, objective: Objective, batch: Any, mask: Mask | No
     """The gradient of the float64 copy, of trainable parameters; those that do not reach the loss have zeros."""
     twin, data = double_copy(model), double_batch(batch)
     parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad and (mask is None or name in mask)}
-    with restored(twin), Promoted(), torch.enable_grad():
+    with restored(twin), Promoted(dtype_of(model)), torch.enable_grad():
         loss = objective(twin, data)
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
     found = dict(zip(parameters, grads, strict=True))
@@ -184,7 +198,7 @@ def reference(model: nn.Module, objective: Objective, batch: Any, mask: Mask, mu
     """
     if mu >= PLAIN_MU:
         return plain_quotients(model, objective, batch, mask, mu)
-    return ours(double_copy(model), objective, double_batch(batch), mask, mu, "float64")
+    return ours(model, objective, batch, mask, mu, "float64")
 
 
 def sampled(

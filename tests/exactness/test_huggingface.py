@@ -16,8 +16,6 @@ from exactness.judge import (
     PLAIN_MU,
     WideCGE,
     autograd,
-    double_batch,
-    double_copy,
     judge,
     plain_quotients,
     sampled,
@@ -131,7 +129,9 @@ ARCHITECTURES: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "resnet": lambda: images(
         "ResNet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_channels=3
     ),
-    "convnext": lambda: images("ConvNext", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, drop_path_rate=0.5),
+    "convnext": lambda: images(
+        "ConvNext", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, drop_path_rate=0.5, layer_scale_init_value=0.1
+    ),
     "whisper": whisper,
 }
 
@@ -148,11 +148,11 @@ def references(name: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tenso
     model.train()
     mask = sampled(model, loss, batch, 1)
     found = {mu: plain_quotients(model, loss, batch, mask, mu) for mu in MUS if mu >= PLAIN_MU}
-    wide = WideCGE(double_copy(model), loss, precision="float64", strict=True)
+    wide = WideCGE(model, loss, precision="float64", strict=True)
     for mu in MUS:
         if mu < PLAIN_MU:
             wide.mu = mu
-            found[mu] = wide.estimate(double_batch(batch), mask).grads
+            found[mu] = wide.estimate(batch, mask).grads
     return model, batch, mask, found
 
 

@@ -225,3 +225,17 @@ def test_a_broken_estimate_is_caught():
                 p[at] = before
     with pytest.raises(AssertionError):
         judge(got, wanted).check(1e-5)
+
+
+def test_drawn_numbers_are_those_of_the_model():
+    """torch.rand draws other numbers in float64 than in float32."""
+
+    def draw() -> torch.Tensor:
+        torch.manual_seed(0)
+        return torch.cat([torch.rand(4), torch.rand_like(torch.zeros(3)), torch.empty(3).bernoulli_(0.5)])
+
+    with torch.random.fork_rng(devices=[]):
+        with Promoted(torch.float32):
+            wide = draw()
+        assert wide.dtype is torch.float64
+        assert torch.equal(wide, draw().double())

@@ -17,11 +17,9 @@ from exactness.judge import (
     PLAIN_MU,
     WideCGE,
     autograd,
-    double_batch,
-    double_copy,
     judge,
+    ours,
     plain_quotients,
-    reference,
     sampled,
     tolerance,
 )
@@ -65,14 +63,9 @@ class Case:
     def ours(self, mu: float, precision: str) -> dict[str, Tensor]:
         """One estimator per precision, so that the model is traced once; nothing in it depends on mu."""
         if precision not in self.estimators:
-            exact = precision == "float64"
-            self.estimators[precision] = WideCGE(
-                double_copy(self.model) if exact else self.model, cross_entropy, precision=precision, strict=True
-            )
-        estimator = self.estimators[precision]
-        estimator.mu = mu
-        batch = double_batch(self.batch) if precision == "float64" else self.batch
-        return estimator.estimate(batch, self.mask).grads
+            self.estimators[precision] = WideCGE(self.model, cross_entropy, precision=precision, strict=True)
+        self.estimators[precision].mu = mu
+        return self.estimators[precision].estimate(self.batch, self.mask).grads
 
     def reference(self, mu: float) -> dict[str, Tensor]:
         if mu not in self.references:
@@ -197,12 +190,7 @@ def test_against_fifty_digits(mu):
                 holder[at[-1]] = before + step
                 wanted[name][at] = float((digits50(weights, rows, labels) - base) / step)
                 holder[at[-1]] = before
-    batch = (x, y)
-    propagated = WideCGE(double_copy(model), cross_entropy, mu=mu, precision="float64", strict=True).estimate(
-        double_batch(batch), mask
-    )
-    judge(propagated.grads, wanted).check(1e-12)
-    mine = WideCGE(model, cross_entropy, mu=mu, strict=True).estimate(batch, mask)
-    judge(mine.grads, wanted).check(1e-5)
+    judge(ours(model, cross_entropy, (x, y), mask, mu, "float64"), wanted).check(1e-12)
+    judge(ours(model, cross_entropy, (x, y), mask, mu), wanted).check(1e-5)
     if mu >= PLAIN_MU:
-        judge(reference(model, cross_entropy, batch, mask, mu), wanted).check(1e-12)
+        judge(plain_quotients(model, cross_entropy, (x, y), mask, mu), wanted).check(1e-12)
