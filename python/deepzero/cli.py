@@ -1,7 +1,7 @@
 """The command ``deepzero``: train, resume, plan, check, info.
 
-Exit codes: 0 done, 2 a usage, configuration, data or checkpoint error, 3 the query budget is spent, 4 a loss or weight
-is not finite, 130 interrupted (a checkpoint was written).
+Exit codes: 0 done, 1 ``check`` found wrong quotients, 2 a usage, configuration, data or checkpoint error, 3 the query
+budget is spent, 4 a loss or weight is not finite, 130 interrupted (a checkpoint was written).
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from .errors import BudgetError, ConfigError, DeepZeroError, ObjectiveError
+
+if TYPE_CHECKING:
+    from .estimators import CGE
 
 app = typer.Typer(
     name="deepzero",
@@ -101,10 +104,8 @@ def plan(
 ) -> None:
     """Print how a model's coordinates would be estimated, and what one costs."""
     with _exit_codes():
-        from .estimators import CGE
-
-        network, loss, sample, options = _subject(config, overrides, model, objective, batch)
-        typer.echo(str(CGE(network, loss, **options).plan(sample)))
+        estimator, sample = _subject(config, overrides, model, objective, batch)
+        typer.echo(str(estimator.plan(sample)))
 
 
 @app.command()
@@ -119,8 +120,13 @@ def check(
     with _exit_codes():
         from .check import check as compare
 
-        network, loss, sample, options = _subject(config, overrides, model, objective, batch)
-        typer.echo(str(compare(network, loss, sample, **options)))
+        estimator, sample = _subject(config, overrides, model, objective, batch)
+        report = compare(
+            estimator.model, estimator.objective, sample, mu=estimator.mu, precision=estimator.engine.precision
+        )
+        typer.echo(str(report))
+        if not report.ok:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -161,20 +167,27 @@ def _report(folder: Path, outcomes: list[Any]) -> None:
 
 def _subject(
     config: Path | None, overrides: list[str] | None, model: str | None, objective: str | None, batch: str | None
-) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """(model, objective, batch, estimator options): the user's own by import strings, or the configured ones."""
-    from .training.config import load_config
-    from .training.run import build_loader, build_model, classification_loss, prepare
+) -> tuple[CGE, Any]:
+    """(estimator, batch) for the user's own model by import strings, or for the configured one.
+
+    The options of the configuration's estimator are used when it is CGE, the only one that plans and is checked.
+    """
+    from .training.config import EstimatorSection, load_config
+    from .training.run import build_estimator, build_loader, build_model, classification_loss, prepare
 
     settings = load_config(config, overrides or ())
-    options = dict(settings.estimator.options) if settings.estimator.name == "cge" else {}
+    if settings.estimator.name != "cge":
+        settings = settings.model_copy(update={"estimator": EstimatorSection()})
+    loss: Callable[..., Any] = classification_loss
     if model is None and batch is None and objective is None:
         images = prepare(settings)
-        return build_model(settings, images), classification_loss, next(iter(build_loader(settings, images))), options
-    if model is None or batch is None:
+        network, sample = build_model(settings, images), next(iter(build_loader(settings, images)))
+    elif model is not None and batch is not None:
+        network, sample = _imported(model, "--model")(), _imported(batch, "--batch")()
+        loss = _imported(objective, "--objective") if objective is not None else loss
+    else:
         raise ConfigError("give --model and --batch together (and --objective, unless the loss is cross-entropy)")
-    loss = classification_loss if objective is None else _imported(objective, "--objective")
-    return _imported(model, "--model")(), loss, _imported(batch, "--batch")(), options
+    return cast("CGE", build_estimator(settings, network, loss)), sample
 
 
 def _imported(name: str, option: str) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import subprocess
@@ -244,20 +245,17 @@ value = 3
 """
 
 
-def test_plan_of_a_users_own_model(tmp_path, monkeypatch):
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The arguments that name a user's own model in the working directory."""
     (tmp_path / "own_model.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
-    arguments = [
-        "plan",
-        "--model",
-        "own_model:model",
-        "--batch",
-        "own_model:batch",
-        "--objective",
-        "own_model:objective",
-    ]
     monkeypatch.setattr(sys, "path", list(sys.path))
-    found = invoke(*arguments)
+    return ["--model", "own_model:model", "--batch", "own_model:batch", "--objective", "own_model:objective"]
+
+
+def test_plan_of_a_users_own_model(own):
+    found = invoke("plan", *own)
     assert found.exit_code == 0, found.output
     assert "weight" in found.output
     for wrong, text in (
@@ -265,15 +263,28 @@ def test_plan_of_a_users_own_model(tmp_path, monkeypatch):
         ("own_model:absent", "--model own_model:absent: module 'own_model' has no attribute 'absent'"),
         (
             "own_modle:model",
-            "--model own_modle:model: No module named 'own_modle'. Run deepzero where own_modle can be imported",
+            "--model own_modle:model: No module named 'own_modle'. Run deepzero where own_modle can be",
         ),
         ("own_model:value", "--model own_model:value: expected something to call, got int"),
     ):
-        arguments[2] = wrong
-        found = invoke(*arguments)
+        found = invoke("plan", "--model", wrong, *own[2:])
         assert found.exit_code == 2
         assert text in found.output
-    assert "give --model and --batch together" in invoke("plan", "--model", "own_model:model").output
+    assert "give --model and --batch together" in invoke("plan", *own[:2]).output
+    assert (
+        "estimator.options do not suit cge" in invoke("plan", *own, "--set", "estimator.options.precision=half").output
+    )
+
+
+def test_check_of_a_users_own_model(own, monkeypatch):
+    found = invoke("check", *own, "--set", "estimator.options.mu=1e-3")
+    assert found.exit_code == 0, found.output
+    assert "quotients at mu = 0.001 in float32" in found.output
+    bounds = importlib.import_module("deepzero.check").BOUNDS
+    monkeypatch.setitem(bounds, "float32", -1.0)
+    found = invoke("check", *own)
+    assert found.exit_code == 1
+    assert "WRONG" in found.output
 
 
 def test_info_names_versions_and_the_native_build():

@@ -19,7 +19,7 @@ from .. import data
 from ..baselines import Backprop, PlainLoop
 from ..data import ImageData, Loader
 from ..errors import CheckpointError, ConfigError, DeepZeroError
-from ..estimators import CGE, RGE, Estimator
+from ..estimators import CGE, RGE, Estimator, Objective
 from ..models import MODELS
 from ..sparsity import UniformRandom
 from . import checkpoint
@@ -68,11 +68,12 @@ def build_model(config: Config, images: ImageData) -> nn.Module:
     return cast("nn.Module", model).to(config.device)
 
 
-def build_estimator(config: Config, model: nn.Module) -> Estimator:
+def build_estimator(config: Config, model: nn.Module, objective: Objective = classification_loss) -> Estimator:
+    """The configured estimator; raises ConfigError for unknown options and values that it refuses."""
     section = config.estimator
     factory = _chosen("estimator", section.name, ESTIMATORS)
     options = _options("estimator", section.name, factory, section.options, reserved=("model", "objective", "budget"))
-    made = _made("estimator", section.name, factory, model, classification_loss, budget=section.budget, **options)
+    made = _made("estimator", section.name, factory, model, objective, budget=section.budget, **options)
     return cast("Estimator", made)
 
 
