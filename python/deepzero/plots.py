@@ -35,11 +35,14 @@ def plot_run(folder: Path) -> Path:
     for axes, value, title in zip(
         figure.subplots(1, 2), ("train_loss", "test_accuracy"), ("training loss", "test accuracy"), strict=True
     ):
-        for label, records in epochs.items():
+        if value == "train_loss":
+            axes.set_yscale("log")
+        for (label, records), style in zip(epochs.items(), ("-", "--"), strict=False):
             shown = [record for record in records if value in record]
             axes.plot(
                 [record["epoch"] * queries_per_epoch for record in shown],
                 [record[value] for record in shown],
+                style,
                 label=label,
             )
         axes.set_xlabel("queries of the zeroth-order run")

@@ -24,7 +24,15 @@ EPOCHS = 4
 STEPS_PER_EPOCH = 4
 
 
-def make(folder: Path, *, kill_at: int = -1, kill: str = "", budget: int | None = None, optimizer=torch.optim.SGD):
+def make(
+    folder: Path,
+    *,
+    kill_at: int = -1,
+    kill: str = "",
+    budget: int | None = None,
+    optimizer=torch.optim.SGD,
+    estimator=PlainLoop,
+):
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(32, 3)
@@ -46,7 +54,7 @@ def make(folder: Path, *, kill_at: int = -1, kill: str = "", budget: int | None 
     descent = optimizer(model.parameters(), **options)
     trainer = Trainer(
         model,
-        PlainLoop(model, objective, mu=1e-2, budget=budget),
+        estimator(model, objective, mu=1e-2, budget=budget),
         descent,
         Loader(images, labels, 4, seed=3, crop=1, flip=True),
         epochs=EPOCHS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
@@ -86,17 +87,27 @@ def test_the_comparison_can_fail(straight):
     assert not same(state, other)
 
 
-def test_any_optimizer_resumes(tmp_path):
-    first = resumable.make(tmp_path / "a", optimizer=torch.optim.Adam)
-    first.fit()
-    second = resumable.make(tmp_path / "b", optimizer=torch.optim.Adam)
-    second.epochs = 2
-    second.fit()
-    third = resumable.make(tmp_path / "b", optimizer=torch.optim.Adam)
-    third.load_state_dict(checkpoint.load(tmp_path / "b" / "checkpoints" / "last.pt"))
-    third.fit()
-    assert same(first.state_dict(), third.state_dict())
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+def test_a_checkpoint_of_any_estimator_and_optimizer_goes_on(tmp_path):
+    from deepzero import CGE, RGE
+
+    def make(folder, optimizer, estimator):
+        return resumable.make(folder, optimizer=optimizer, estimator=estimator)
+
+    for kinds in (
+        (torch.optim.Adam, CGE),
+        (torch.optim.SGD, functools.partial(RGE, queries=3)),
+    ):
+        first = make(tmp_path / "a", *kinds)
+        first.fit()
+        second = make(tmp_path / "b", *kinds)
+        second.epochs = 2
+        second.fit()
+        third = make(tmp_path / "b", *kinds)
+        torch.manual_seed(99)  # what the process drew meanwhile must not matter
+        third.load_state_dict(checkpoint.load(tmp_path / "b" / "checkpoints" / "last.pt"))
+        third.fit()
+        assert same(first.state_dict(), third.state_dict()), kinds
+        assert metrics(tmp_path / "a") == metrics(tmp_path / "b"), kinds
 
 
 class TestAnotherRun:
