@@ -98,6 +98,17 @@ def test_commands_exist(page: Path) -> None:
             load_config(None, re.findall(r"--set (\S+)", rest))
 
 
+@pages
+def test_configurations_load(page: Path, tmp_path: Path) -> None:
+    from deepzero.training.config import load_config
+    from deepzero.training.run import build_trainer, prepare
+
+    for text in blocks(page, "toml"):
+        (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+        config = load_config(tmp_path / "run.toml")
+        build_trainer(config, prepare(config), tmp_path, first_order=False)
+
+
 @pytest.mark.parametrize(("extra", "then"), [("train", "deepzero train"), ("test", "pytest -n 2 tests")])
 def test_readme_has_the_two_commands_as_one_line_each(extra: str, then: str) -> None:
     install = f"python3 -m venv .venv && .venv/bin/pip install -c constraints-cpu.txt '.[{extra}]'"
