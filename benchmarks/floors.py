@@ -1,0 +1,83 @@
+"""The least that one query must cost: the arithmetic and the traffic of the products that remain.
+
+Counted, not derived: two coordinates of a parameter are estimated and one, on the reference backend, whose products
+are all plain PyTorch; the difference is one query. Both counts are linear in the batch, so two samples suffice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import dzkernels
+import torch
+from deepzero import CGE
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .cases import MU, Case, Work, build, objective
+
+SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Per query, mean over the mask: FLOPs of convolutions and matrix products, and values they produce."""
+
+    flops: float
+    values: float
+
+    def seconds(self, ceilings: dict[str, float], dtype: str) -> tuple[float, float]:
+        """(arithmetic, traffic): products at the peak of their dtype; each result written once and read once."""
+        size = 2 if dtype == "bfloat16" else 4
+        return self.flops / ceilings[f"{dtype}_flops"], 2 * size * self.values / ceilings["memory_bytes"]
+
+
+class _Count(TorchDispatchMode):
+    """FLOPs and results of every product of float32 tensors; the base pass is float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = getattr(func, "overloadpacket", None)
+        if packet in flop_registry and isinstance(out, Tensor) and out.dtype is torch.float32:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            self.values += out.numel()
+        return out
+
+
+def count(work: Work) -> Floor:
+    case = build(work, batch=SAMPLES)
+    estimator = CGE(case.model, objective, mu=MU)
+    scale, flops, values = work.batch / SAMPLES, 0.0, 0.0
+    with dzkernels.use_backend("reference"):
+        for name, chosen in case.mask.items():
+            where = chosen.nonzero()
+            if len(where):
+                one, two = (_products(estimator, case, name, where[:k]) for k in (1, 2))
+                # a parameter with one coordinate: its query is what one coordinate costs above none
+                if len(where) == 1:
+                    two, one = one, _products(estimator, case, name, None)
+                share = len(where) / case.count
+                flops += share * scale * (two.flops - one.flops)
+                values += share * scale * (two.values - one.values)
+    with torch.no_grad():
+        logits = work.batch * case.model(case.batch[0]).shape[1]  # of a query that needs no product: all it must change
+    return Floor(max(flops, 2 * logits), max(values, logits))
+
+
+def _products(estimator: CGE, case: Case, name: str, where: Tensor | None) -> _Count:
+    mask = {name: torch.zeros_like(case.mask[name])}
+    if where is None:  # nothing but the base pass
+        with _Count() as counter, estimator.engine.prepared(case.batch):
+            pass
+        return counter
+    mask[name][tuple(where.unbind(1))] = True
+    estimator.estimate(case.batch, mask)  # captures
+    with _Count() as counter:
+        estimator.estimate(case.batch, mask)
+    return counter

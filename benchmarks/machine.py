@@ -1,0 +1,95 @@
+"""What the machine can do at most, measured here and now, and what it is called."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepzero as dz
+import dzkernels
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rate(function: Callable[[], Any], work: float, seconds: float = 0.3) -> float:
+    """``work`` per CPU second of the best of at least three calls, after one to warm up."""
+    function()
+    best, began, calls = float("inf"), time.process_time(), 0
+    while calls < 3 or time.process_time() - began < seconds:
+        start = time.process_time()
+        function()
+        best, calls = min(best, time.process_time() - start), calls + 1
+    return work / best
+
+
+def matmul_peak(dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of torch.mm."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    out = torch.empty(size, size, dtype=dtype)
+    return rate(lambda: torch.mm(a, b, out=out), 2.0 * size**3)
+
+
+def copy_bandwidth(size: int) -> float:
+    """Bytes read and written per second by a copy between two buffers of ``size`` bytes."""
+    a, b = torch.randn(2, size // 4)
+    repeats = max(1, (1 << 24) // size)
+
+    def copies() -> None:
+        for _ in range(repeats):
+            b.copy_(a)
+
+    return rate(copies, 2.0 * size * repeats)
+
+
+def ceilings() -> dict[str, float]:
+    return {
+        "float32_flops": matmul_peak(torch.float32),
+        "bfloat16_flops": matmul_peak(torch.bfloat16),
+        "cache_bytes": copy_bandwidth(512 << 10),
+        "memory_bytes": copy_bandwidth(256 << 20),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def slug() -> str:
+    """The CPU's name as a file name, with the instruction set level of our kernels."""
+    name = re.sub(r"\((R|TM|tm|r)\)", "", cpu_name())
+    level = dzkernels.build_info()["isa"] or "reference"
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {level}".lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit that is measured, with a mark when the code differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "python", "dzkernels", "csrc", "setup.py")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else "")
+
+
+def facts(threads: int) -> dict[str, str]:
+    return {
+        "commit": commit(),
+        "deepzero": dz.__version__,
+        "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "isa": dzkernels.build_info()["isa"] or "reference",
+        "threads": str(threads),
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "date": time.strftime("%Y-%m-%d"),
+    }
