@@ -52,17 +52,20 @@ def main() -> None:
 @contextlib.contextmanager
 def _exit_codes(run: Path | None = None) -> Iterator[None]:
     """One clear message and an exit code instead of a traceback, for errors that are not our own mistakes."""
-    resume_hint = f" Go on with: deepzero resume {run}" if run is not None else ""
     try:
         yield
     except KeyboardInterrupt:
-        _fail(f"interrupted.{resume_hint}", 130)
+        _fail(f"interrupted.{_resume_hint(run)}", 130)
     except BudgetError as error:
-        _fail(f"{error}{resume_hint}", 3)
+        _fail(f"{error}{_resume_hint(run)}", 3)
     except ObjectiveError as error:
         _fail(str(error), 4)
     except DeepZeroError as error:
         _fail(str(error), 2)
+
+
+def _resume_hint(run: Path | None) -> str:
+    return f" Go on with: deepzero resume {run}" if run and (run / "checkpoints" / "last.pt").exists() else ""
 
 
 def _fail(message: str, code: int) -> None:

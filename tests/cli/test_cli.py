@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,28 @@ def test_resuming_a_finished_run_reports_it_again(finished):
     assert found.output.splitlines()[-3:-1] == output.splitlines()[-3:-1]
 
 
+def test_resume_trains_the_comparison_that_was_never_begun(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "first-order")
+    found = invoke("resume", tmp_path / "run")
+    assert found.exit_code == 0, found.output
+    losses = [
+        [r["loss"] for r in records(p / "first-order") if r["event"] == "step"] for p in (folder, tmp_path / "run")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_an_interrupt_before_the_first_checkpoint_promises_nothing(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deepzero.training.run.prepare", interrupt)
+    found = invoke("train", "--folder", tmp_path / "run")
+    assert found.exit_code == 130
+    assert found.output.strip() == "deepzero: interrupted."
+
+
 def test_sigterm_ends_with_a_checkpoint_and_130_and_resume_finishes(tmp_path):
     run = tmp_path / "run"
     process = start("train", "--folder", run, *options("epochs=400", "first_order=false"))
@@ -172,6 +195,7 @@ MISTAKES = {
         options("optimizer.options.momntum=1"),
         "optimizer.options.momntum is not an option of SGD. Did you mean 'momentum'?",
     ),
+    "optimizer of another kind": (options("optimizer.name=LBFGS"), "optimizer.name = 'LBFGS' is unknown"),
     "unusable optimizer value": (
         options("optimizer.options.momentum=-1"),
         "optimizer.options do not suit SGD: Invalid momentum value: -1",

@@ -37,7 +37,8 @@ ESTIMATORS: dict[str, Callable[..., Estimator]] = {
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     name: kind
     for name, kind in vars(torch.optim).items()
-    if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer
+    # LBFGS needs the loss again at moved weights, SparseAdam sparse gradients
+    if inspect.isclass(kind) and issubclass(kind, Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
 }
 FIRST_ORDER = "first-order"
 """Folder, inside a run's own, of the first-order run it is compared with."""
