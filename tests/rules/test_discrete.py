@@ -63,12 +63,12 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "count": lambda h: (h > 0).sum(1, keepdim=True).to(h.dtype) * h.sign(),
     "max-pool-of-signs": lambda h: h.sign().view(-1, 2, 4).amax(-1).repeat(1, 4),
     "sort-order": lambda h: h.sort(1).indices.to(h.dtype),
-    "top-k-mask": lambda h: torch.zeros_like(h).scatter(1, torch.tensor([[0, 1]] * 4), 1.0) * h.topk(8, 1).indices,
+    "top-k-mask": lambda h: torch.zeros_like(h).scatter(1, torch.tensor([[0, 1]] * 12), 1.0) * h.topk(8, 1).indices,
 }
 
 
 class Net(nn.Module):
-    """Linear -> op -> linear, with weights on a grid or random."""
+    """Linear -> op -> linear, with weights that are multiples of 1/16, or random."""
 
     def __init__(self, op: Callable[[Tensor], Tensor], *, grid: bool) -> None:
         super().__init__()
@@ -81,16 +81,22 @@ class Net(nn.Module):
         return self.two(self.op(self.one(x)))
 
 
-def _loss(out: Tensor, target: Tensor) -> Tensor:
+def _square(out: Tensor, target: Tensor) -> Tensor:
     return (out - target).square().mean()
+
+
+def _weighted(out: Tensor, target: Tensor) -> Tensor:
+    """Linear, so that on a grid float32 holds every digit; squares would need twice as many."""
+    return (out * target).sum()
 
 
 def _case(id: str, *, grid: bool) -> Case:
     def batch() -> tuple[tuple[Tensor], tuple[Tensor]]:
-        draw = (lambda *s: torch.randint(-64, 65, s) / 64) if grid else torch.randn
-        return (draw(4, 8),), (draw(4, 4),)
+        if grid:
+            return (torch.randint(-64, 65, (12, 8)) / 64,), (torch.randint(-2, 3, (12, 4)) / 2,)
+        return (torch.randn(12, 8),), (torch.randn(12, 4),)
 
-    return Case(id, lambda: Net(OPS[id], grid=grid), batch, supervised(_loss))
+    return Case(id, lambda: Net(OPS[id], grid=grid), batch, supervised(_weighted if grid else _square))
 
 
 @pytest.mark.parametrize("id", OPS)
@@ -119,8 +125,10 @@ def test_random_data(id: str) -> None:
 
 def test_the_table_sees_jumps() -> None:
     """At these steps first-layer weights of a sign network do cross thresholds: the tests above are not about zeros."""
-    subject = Subject(_case("sign", grid=False), per_tensor=24)
+    subject = Subject(_case("sign", grid=False), per_tensor=64)
     assert int((subject.plain(1e-1)[0]["one.weight"] != 0).sum()) >= 5
+    subject = Subject(_case("sign", grid=True), per_tensor=64)
+    assert int((subject.plain(1 / 16)[0]["one.weight"] != 0).sum()) >= 5
 
 
 class Codebook(nn.Module):
@@ -142,7 +150,7 @@ def test_an_index_that_moves_is_right_and_loud(monkeypatch: pytest.MonkeyPatch) 
         "codebook",
         Codebook,
         lambda: ((torch.randn(5, 8),), (torch.randn(5, 4),)),
-        supervised(_loss),
+        supervised(_square),
         falls_back=("aten.index.Tensor",),
     )
     subject = Subject(case, per_tensor=24)

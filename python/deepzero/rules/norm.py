@@ -158,12 +158,12 @@ def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
 
     zc, v, hat = run.saved(node, "norm", make)
     d = run.d(x)
-    if d is Zero and (entry := next((c for c in (run.d(gamma), run.d(beta)) if c is not Zero), None)) is not None:
-        if isinstance(entry, OneEntry) and len(entry.shape) == 1 and (run.d(gamma) is Zero or run.d(beta) is Zero):
-            channel, rest = entry.index[:, 0], z.shape[:-1]
-            step = entry.step.reshape(-1, *[1] * len(rest))
-            values = step.expand(-1, *rest) if run.d(gamma) is Zero else select(hat, z.dim() - 1, channel) * step
-            return OneChannel(tuple(z.shape), z.dim() - 1, channel, values), Zero, Zero
+    vectors = [c for c in (run.d(gamma), run.d(beta)) if c is not Zero]
+    if d is Zero and len(vectors) == 1 and isinstance(entry := vectors[0], OneEntry) and len(entry.shape) == 1:
+        channel, rest = entry.index[:, 0], z.shape[:-1]
+        step = entry.step.reshape(-1, *[1] * len(rest))
+        values = step.expand(-1, *rest) if run.d(gamma) is Zero else select(hat, z.dim() - 1, channel) * step
+        return OneChannel(tuple(z.shape), z.dim() - 1, channel, values), Zero, Zero
     dhat = None if d is Zero else normalised(dense(d), zc, v, eps, [k + 1 for k in dims])  # type: ignore[arg-type]
     shape = list(z.shape[dims[0] :])
     g, dg = _vector(run, gamma, shape)

@@ -453,7 +453,7 @@ discrete(aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_xor.Tenso
 discrete(aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, arity=2)
 discrete(aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar)
 discrete(aten.div.Tensor_mode, aten.floor_divide.default, arity=2)
-discrete(aten.sgn.default, aten.signbit.default)
+discrete(aten.sgn.default, aten.signbit.default, aten.round.decimals)
 
 
 @pointwise(aten.remainder.Scalar, aten.remainder.Tensor, arity=2, exact=True)
