@@ -26,7 +26,16 @@ from setuptools.errors import CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 
 # One stem per op: csrc/cpu/<op>.cpp, and csrc/cuda/<op>.cuh where there is one.
-OPS = ("conv2d_tap", "channel_conv2d", "channel_batch_norm", "dense_batch_norm", "cross_entropy_difference")
+OPS = (
+    "conv2d_tap",
+    "channel_conv2d",
+    "channel_batch_norm",
+    "dense_batch_norm",
+    "cross_entropy_difference",
+    "gelu_difference",
+    "layer_norm_difference",
+    "softmax_difference",
+)
 LEVEL_SOURCES = ("table", *OPS)  # in csrc/cpu, compiled once per instruction set level
 PLAIN_SOURCES = ("module", "cpu/dispatch")
 CUDA_SOURCES = ("cuda/library",)  # includes every <op>.cuh

@@ -3,7 +3,17 @@
 from ._load import build_info
 from .backends import BACKENDS, BackendError, available_backends, use_backend, use_isa
 from .memory import keep_freed_memory
-from .ops import OPS, channel_batch_norm, channel_conv2d, conv2d_tap, cross_entropy_difference, dense_batch_norm
+from .ops import (
+    OPS,
+    channel_batch_norm,
+    channel_conv2d,
+    conv2d_tap,
+    cross_entropy_difference,
+    dense_batch_norm,
+    gelu_difference,
+    layer_norm_difference,
+    softmax_difference,
+)
 
 __all__ = [
     "BACKENDS",
@@ -16,7 +26,10 @@ __all__ = [
     "conv2d_tap",
     "cross_entropy_difference",
     "dense_batch_norm",
+    "gelu_difference",
     "keep_freed_memory",
+    "layer_norm_difference",
+    "softmax_difference",
     "use_backend",
     "use_isa",
 ]

@@ -14,7 +14,16 @@ from torch import Tensor
 from . import _check as check
 from . import backends
 
-OPS = ("conv2d_tap", "channel_conv2d", "channel_batch_norm", "dense_batch_norm", "cross_entropy_difference")
+OPS = (
+    "conv2d_tap",
+    "channel_conv2d",
+    "channel_batch_norm",
+    "dense_batch_norm",
+    "cross_entropy_difference",
+    "gelu_difference",
+    "layer_norm_difference",
+    "softmax_difference",
+)
 
 Pair = int | Sequence[int]
 
@@ -321,3 +330,98 @@ def cross_entropy_difference(log_probs: Tensor, target: Tensor, dlogits: Tensor)
     check.same_device(op, "target", target, "dlogits", dlogits)
     check.in_range(op, "target", target, classes, "classes")
     return backends.run(op, dlogits, log_probs.to(torch.float64), target, dlogits)
+
+
+def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str = "none") -> Tensor:
+    """Change of GELU when its input moves.
+
+    out[p] = gelu(z + delta[p]) - gelu(z), approximate as in torch.nn.functional.gelu: "none" or "tanh"
+    computed as the Taylor series in delta, and where |delta| > 1/4 as max(z + d, 0) - max(z, 0) by cases plus the
+    change of the bounded rest
+
+    delta   [P, *s]  any s
+    z       [*s]     base input, float64 for a float64 delta, else float32
+    result  [P, *s]  contiguous, dtype of delta
+
+    Exactness: off by at most 6 roundings of 1.13 |delta|, 1.13 being the largest slope, at any delta.
+    Cost: the coefficients of z once for all P; then reads delta and writes the result, bound by memory traffic.
+    """
+    op = "gelu_difference"
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    if delta.dim() == 0:
+        raise ValueError(f"dz::{op}: delta must be of shape [P, *s], got []")
+    _base_values(op, "z", z, delta)
+    check.of_shape(op, "z", z, tuple(delta.shape[1:]), "[*s]")
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"dz::{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
+    return backends.run(op, delta, delta, z, approximate=approximate)
+
+
+def layer_norm_difference(
+    delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None = None, *, eps: float, centre: bool = True
+) -> Tensor:
+    """Change of layer norm, group norm (rows = sample x group) or RMS norm when its input moves.
+
+    d = delta[p, r] - mean(delta[p, r]), dvar = mean(2 zc d + d^2), s = sqrt(var + eps), s' = sqrt(var + dvar + eps)
+    out[p, r] = gamma * (d / s' - zc * dvar / (s * s' * (s + s')))
+    centre=False (RMS norm): no mean is taken off; d = delta[p, r], zc is the input itself
+
+    delta   [P, R, M]
+    zc      [R, M]       base input minus its mean over the row, rounded once; float64 for a float64 delta, else float32
+    var     [R] float64  mean(zc^2) of the row
+    gamma   [M]          weight, float32 or float64; None means 1
+    result  [P, R, M]    contiguous, dtype of delta
+
+    Exactness: float32 arithmetic, moments of sums of at most 8 float32 terms a lane that go on in float64. Off by at
+    most 16 roundings of |gamma| * ((|delta| + |mean|) / s' + |zc| m / (s s' (s + s'))), m = mean(2 |zc d| + d^2);
+    s' comes from mean((zc + d)^2), so nothing cancels. Squares must not overflow: |delta|, |zc| < 1e18.
+    Cost: reads delta from memory once and from cache twice more, writes the result.
+    """
+    op = "layer_norm_difference"
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    check.of_shape(op, "delta", delta, (None, None, None), "[P, R, M]")
+    _, rows, width = delta.shape
+    if width == 0:
+        raise ValueError(f"dz::{op}: delta must be non-empty in M, got {check.shape(delta)}")
+    _base_values(op, "zc", zc, delta)
+    check.of_shape(op, "zc", zc, (rows, width), "[R, M]")
+    check.of_dtype(op, "var", var, (torch.float64,))
+    check.of_shape(op, "var", var, (rows,), "[R]")
+    check.same_device(op, "var", var, "delta", delta)
+    if gamma is not None:
+        check.of_dtype(op, "gamma", gamma, (torch.float32, torch.float64))
+        check.of_shape(op, "gamma", gamma, (width,), "[M]")
+        check.same_device(op, "gamma", gamma, "delta", delta)
+    if not eps >= 0:
+        raise ValueError(f"dz::{op}: eps must be at least 0, got {eps}")
+    return backends.run(op, delta, delta, zc, var, gamma, eps=float(eps), centre=bool(centre))
+
+
+def softmax_difference(delta: Tensor, p: Tensor, *, log: bool = False) -> Tensor:
+    """Change of softmax, or of log-softmax, when its input moves.
+
+    out[q, r, k] = p[r, k] * expm1(delta[q, r, k] - m), with log: delta[q, r, k] - m
+    m = log(sum_k p[r, k] exp(delta[q, r, k])) = log1p(sum_k p[r, k] expm1(delta[q, r, k])), as each row of p sums to 1
+
+    delta   [P, R, K]  where p is 0 its value has no influence, and without log the result there is exactly 0
+    p       [R, K]     base softmax, rounded once; float64 for a float64 delta, else float32
+    result  [P, R, K]  contiguous, dtype of delta
+
+    Exactness: with x = expm1(delta) and X = sum_k p |x|, off by at most 24 roundings of p (|x| + X) / exp(m), with log
+    of |delta| + X / exp(m); sums of at most 8 float32 terms a lane that go on in float64. Where exp(m) < 1/2 or a delta
+    is over 60, float64 throughout: a few roundings of the result and of p |delta|.
+    Cost: one exponential an element; reads delta, writes the result.
+    """
+    op = "softmax_difference"
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    check.of_shape(op, "delta", delta, (None, None, None), "[P, R, K]")
+    if delta.shape[2] == 0:
+        raise ValueError(f"dz::{op}: delta must be non-empty in K, got {check.shape(delta)}")
+    _base_values(op, "p", p, delta)
+    check.of_shape(op, "p", p, tuple(delta.shape[1:]), "[R, K]")
+    return backends.run(op, delta, delta, p, log=bool(log))
+
+
+def _base_values(op: str, name: str, tensor: Tensor, delta: Tensor) -> None:
+    check.of_dtype(op, name, tensor, (torch.float64 if delta.dtype == torch.float64 else torch.float32,))
+    check.same_device(op, name, tensor, "delta", delta)

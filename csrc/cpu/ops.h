@@ -49,5 +49,18 @@
                                 const int64_t* target, /* [N]                                                      */  \
                                 const float* dlogits,  /* [P, N, K]                                                */  \
                                 double* out,           /* [P]                                                      */  \
-                                int64_t P, int64_t N, int64_t K))
+                                int64_t P, int64_t N, int64_t K))                                                      \
+  OP(gelu_difference, (const float* delta, /* [P, S]                                                               */  \
+                       const float* z,     /* [S]                                                                  */  \
+                       float* out,         /* [P, S]                                                               */  \
+                       int64_t P, int64_t S, bool tanh))                                                               \
+  OP(layer_norm_difference, (const float* delta, /* [P, R, M]                                                      */  \
+                             const float* zc, const double* var, /* [R, M], [R]                                    */  \
+                             const float* gamma, /* [M] or null: 1                                                 */  \
+                             float* out,   /* [P, R, M]                                                            */  \
+                             double eps, int64_t P, int64_t R, int64_t M, bool centre))                                \
+  OP(softmax_difference, (const float* delta, /* [P, R, K]                                                         */  \
+                          const float* p,  /* [R, K]                                                               */  \
+                          float* out,      /* [P, R, K]                                                            */  \
+                          int64_t P, int64_t R, int64_t K, bool log))
 // clang-format on

@@ -1,0 +1,109 @@
+#include "elementary.h"
+
+namespace dz {
+namespace {
+
+constexpr int64_t kRun = 8;        // float32 terms that a lane adds before the sum goes on in float64
+constexpr int64_t kTile = 8192;    // elements of zc that stay in cache over the perturbations
+constexpr int64_t kStep = kLanes;  // elements handled at once
+
+// v where the lane is below n, else 0.
+DZ_INLINE Vec first(Vec v, int64_t n) {
+  Mask lane;
+  for (int64_t i = 0; i < kLanes; ++i) lane[i] = static_cast<int32_t>(i);
+  return lane < static_cast<int32_t>(n) ? v : Vec{};
+}
+
+double sum_of(const float* d, int64_t M) {
+  Double8 total = {};
+  for (int64_t i = 0; i < M;) {
+    Vec part = {};
+    const int64_t end = lesser(M, i + kRun * kStep);
+    for (; i + kStep <= end; i += kStep) part += load<Vec>(d + i);
+    if (i < end) {
+      part += load_some(d + i, end - i);
+      i = end;
+    }
+    total += widen_sum(part);
+  }
+  return sum(total);
+}
+
+struct Moments {
+  Double8 e, moved, change;  // sums of e, (zc + e)^2 and e (2 zc + e), e = d - shift
+};
+
+struct Parts {
+  Vec e = {}, moved = {}, change = {};
+  DZ_INLINE void add(Vec e_, Vec z) {
+    const Vec w = z + e_;
+    e += e_;
+    moved += w * w;
+    change += e_ * (z + w);
+  }
+};
+
+Moments moments(const float* d, const float* zc, float shift, int64_t M) {
+  Moments total = {};
+  for (int64_t i = 0; i < M;) {
+    Parts part;
+    const int64_t end = lesser(M, i + kRun * kStep);
+    for (; i + kStep <= end; i += kStep) part.add(load<Vec>(d + i) - shift, load<Vec>(zc + i));
+    if (i < end) {
+      part.add(first(load_some(d + i, end - i) - shift, end - i), load_some(zc + i, end - i));
+      i = end;
+    }
+    total.e += widen_sum(part.e);
+    total.moved += widen_sum(part.moved);
+    total.change += widen_sum(part.change);
+  }
+  return total;
+}
+
+// out = gamma (a (d - shift - rest) - b zc)
+template <bool kGamma>
+void normalise(const float* d, const float* zc, const float* gamma, float* out, float shift, float rest, float a,
+               float b, int64_t M) {
+  int64_t i = 0;
+  for (; i + kStep <= M; i += kStep) {
+    const Vec y = a * ((load<Vec>(d + i) - shift) - rest) - b * load<Vec>(zc + i);
+    store(out + i, kGamma ? load<Vec>(gamma + i) * y : y);
+  }
+  if (i < M) {
+    const int64_t n = M - i;
+    const Vec y = a * ((load_some(d + i, n) - shift) - rest) - b * load_some(zc + i, n);
+    store_some(out + i, kGamma ? load_some(gamma + i, n) * y : y, n);
+  }
+}
+
+}  // namespace
+
+// The mean is taken in two rounds, sum(d) and then the sum of what is left of d, so that a constant d gives 0. The new
+// variance is always the mean of (zc + dzc)^2, which cannot cancel as var + dvar would.
+void DZ_KERNEL(layer_norm_difference)(const float* delta, const float* zc, const double* var, const float* gamma,
+                                      float* out, double eps, int64_t P, int64_t R, int64_t M, bool centre) {
+  if (M == 0) return;
+  const double size = static_cast<double>(M);
+  const int64_t rows = greater(1, lesser(R, kTile / M)), tiles = ceil_div(R, rows);
+#pragma omp parallel for schedule(static)
+  for (int64_t piece = 0; piece < tiles * P; ++piece) {
+    const int64_t start = piece / P * rows, p = piece % P;
+    for (int64_t r = start; r < lesser(R, start + rows); ++r) {
+      const float *d = delta + (p * R + r) * M, *z = zc + r * M;
+      const float shift = centre ? static_cast<float>(sum_of(d, M) / size) : 0.0f;
+      const Moments total = moments(d, z, shift, M);
+      const double rest = centre ? sum(total.e) / size : 0.0;
+      const double moved = sum(total.moved) / size - rest * rest, dvar = sum(total.change) / size - rest * rest;
+      const double s = __builtin_sqrt(var[r] + eps), t = __builtin_sqrt((moved < 0.0 ? 0.0 : moved) + eps);
+      const float a = static_cast<float>(1.0 / t), b = static_cast<float>(dvar / (s * t * (s + t)));
+      float* to = out + (p * R + r) * M;
+      if (gamma != nullptr) {
+        normalise<true>(d, z, gamma, to, shift, static_cast<float>(rest), a, b, M);
+      } else {
+        normalise<false>(d, z, nullptr, to, shift, static_cast<float>(rest), a, b, M);
+      }
+    }
+  }
+}
+
+}  // namespace dz

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._load import native
+
+
+def layer_norm_difference(
+    delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, *, eps: float, centre: bool
+) -> Tensor:
+    delta, zc, var = delta.contiguous(), zc.contiguous(), var.contiguous()
+    weight = None if gamma is None else gamma.float().contiguous()
+    out = torch.empty(delta.shape, dtype=torch.float32, device="cpu")
+    native().layer_norm_difference(
+        delta.data_ptr(), zc.data_ptr(), var.data_ptr(), 0 if weight is None else weight.data_ptr(), out.data_ptr(),
+        eps, *delta.shape, centre,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Gauss-Legendre on [0, 1]; six points leave out less than 1e-13 of the integral of the slope over 1/8.
+_NODES = (0.033765242898424, 0.169395306766868, 0.380690406958402)
+_NODES = (*_NODES, *(1 - node for node in reversed(_NODES)))
+_WEIGHTS = (0.085662246189585, 0.180380786524069, 0.233956967286346)
+_WEIGHTS = (*_WEIGHTS, *reversed(_WEIGHTS))
+
+
+def _slope(x: Tensor, approximate: str) -> Tensor:
+    if approximate == "none":
+        return torch.special.ndtr(x) + x * torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+    root = math.sqrt(8 / math.pi)
+    s = torch.sigmoid(root * (x + 0.044715 * x.pow(3)))
+    return s + x * s * (1 - s) * root * (1 + 3 * 0.044715 * x.square())
+
+
+def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str) -> Tensor:
+    d, base = delta.double(), z.double()
+    near = d.clamp(-0.125, 0.125)
+    mean_slope = sum(
+        weight * _slope(base + node * near, approximate) for node, weight in zip(_NODES, _WEIGHTS, strict=True)
+    )
+    direct = F.gelu(base + d, approximate=approximate) - F.gelu(base, approximate=approximate)
+    return torch.where(d.abs() > 0.125, direct, near * mean_slope).to(delta.dtype).contiguous()

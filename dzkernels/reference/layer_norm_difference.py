@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def layer_norm_difference(
+    delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, *, eps: float, centre: bool
+) -> Tensor:
+    d, z = delta.double(), zc.double()
+    if centre:
+        d = d - d.mean(2, keepdim=True)
+        d = d - d.mean(2, keepdim=True)  # what the rounding of the first mean left
+    dvar = (d * (2 * z + d)).mean(2, keepdim=True)
+    s = (var + eps).sqrt()[:, None]
+    t = ((z + d).square().mean(2, keepdim=True) + eps).sqrt()
+    out = d / t - z * (dvar / (s * t * (s + t)))
+    if gamma is not None:
+        out = out * gamma.double()
+    return out.to(delta.dtype).contiguous()
