@@ -294,6 +294,24 @@ for _nd in (1, 2, 3):
 pool("adaptive-avgpool2d-even", 2, lambda: nn.AdaptiveAvgPool2d(3), (6, 6))
 pool("lppool2d", 2, lambda: nn.LPPool2d(2, 2))
 
+
+class Unpool(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down, self.up = nn.Conv2d(2, 3, 3), nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(*self.down(self.conv(x)))
+
+
+row(
+    "max-unpool2d",
+    Unpool,
+    (2, 2, 6, 6),
+    falls_back=("aten.max_pool2d_with_indices.default", "aten.index_put.default"),
+    why="the winners' positions move",
+)
+
 # --- activations
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

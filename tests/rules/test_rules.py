@@ -24,6 +24,7 @@ def noise(loss: float, mu: float) -> float:
     return 64 * EPS64 * max(1.0, abs(loss)) / mu
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch, in the reference
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
 def test_row(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepzero.run, "_warned", set())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +78,9 @@ def _ravel(cell: tuple[int, ...], sizes: list[int]) -> int:
     aten.adaptive_max_pool3d.default,
 )
 def max_pool(run: Block, node: fx.Node) -> Any:
-    """Each window's winner after the move: max over k of (z_k - max z) + dz_k. Indices are not followed."""
+    """Each window's winner after the move: max over k of (z_k - max z) + dz_k. Indices, if read, take the slow way."""
+    if any(user.target is operator.getitem and user.args[1] == 1 and user.users for user in node.users):
+        return run.fallback(node)
     x = node.args[0]
     result = run.exact(node)
     out = result[0] if isinstance(result, tuple | list) else result
