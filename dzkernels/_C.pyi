@@ -13,7 +13,18 @@ def set_isa(level: str, /) -> None: ...
 def conv2d_tap(x: int, coord: int, step: int, out: int, /, *sizes: int) -> None: ...
 def channel_conv2d(delta: int, channel: int, weight: int, out: int, /, *sizes: int) -> None: ...
 def channel_batch_norm(
-    delta: int, channel: int, x: int, mean: int, var: int, gamma: int, y: int, out: int, eps: float, /, *sizes: int
+    delta: int,
+    channel: int,
+    x: int,
+    mean: int,
+    var: int,
+    gamma: int,
+    y: int,
+    gap: int,
+    out: int,
+    eps: float,
+    /,
+    *sizes: int,
 ) -> None: ...
 def dense_batch_norm(
     delta: int,

@@ -140,27 +140,33 @@ def channel_batch_norm(
     gamma: Tensor | None = None,
     *,
     eps: float = 1e-5,
+    training: bool = True,
     y: Tensor | None = None,
     relu: bool = False,
+    pool: int = 1,
+    gap: Tensor | None = None,
 ) -> Tensor:
-    """A difference that lives in one channel per perturbation, through batch norm with batch statistics (and ReLU).
+    """A difference that lives in one channel per perturbation, through batch norm, then ReLU, then max pooling.
 
     With z = x[:, c] - mean[c], c = channel[p], d = delta[p] - mean(delta[p]), s = sqrt(var[c] + eps):
-    dvar = mean(2 z d + d^2), s' = sqrt(var[c] + dvar + eps)
-    dy = gamma[c] * (d / s' - z * dvar / (s * s' * (s + s')))
-    out = dy, or with relu: max(y + dy, 0) - max(y, 0)
+    training: dvar = mean(2 z d + d^2), s' = sqrt(var[c] + dvar + eps)
+              a = gamma[c] * (d / s' - z * dvar / (s * s' * (s + s')))
+    else:     a = gamma[c] / s * delta[p]
+    relu:     a = max(y + a, 0) - max(y, 0)
+    pool > 1: out = max of gap + a over windows of pool x pool, without padding; trailing rows and columns are dropped
 
     delta    [P, N, H, W]     difference of channel channel[p] of x
     channel  [P] int64        0 .. C - 1
     x        [N, C, H, W]     base input of the norm, dtype of delta
-    mean     [C] float64      of x over N, H, W
-    var      [C] float64      biased variance of x over N, H, W
+    mean     [C] float64      of x over N, H, W; only training looks at x and mean
+    var      [C] float64      biased variance of x over N, H, W (training), or the running variance
     gamma    [C]              weight of the norm, float32 or float64; None means 1
     y        [N, C, H, W]     base output of the norm before the ReLU, dtype of delta; needed with relu only
-    result   [P, N, H, W]     contiguous, dtype of delta
+    gap      [N, C, H, W]     base activation minus the maximum of its window (<= 0), dtype of delta; with pool > 1
+    result   [P, N, H // pool, W // pool]  contiguous, dtype of delta
 
-    Exactness: moments are centred and in float64, nothing cancels; where var + dvar would, the variance is taken anew.
-    So each output is off by a few roundings of |gamma| * (|d| / s' + |z dvar| / (s s' (s + s'))).
+    Exactness: as in dense_batch_norm. x, y and gap are read fastest from contiguous [C, N, H, W] memory.
+    Cost: reads delta twice, writes the result; the channel of x, y and gap is kept from one perturbation to the next.
     """
     op = "channel_batch_norm"
     check.of_dtype(op, "delta", delta, check.FLOATS)
@@ -189,11 +195,21 @@ def channel_batch_norm(
         check.of_dtype(op, "y", y, (delta.dtype,))
         check.of_shape(op, "y", y, tuple(x.shape), "[N, C, H, W]")
         check.same_device(op, "y", y, "delta", delta)
+    _pool(op, pool, height, width)
+    if pool > 1:
+        if gap is None:
+            raise ValueError(f"dz::{op}: gap must be given with pool={pool}, got None")
+        check.of_dtype(op, "gap", gap, (delta.dtype,))
+        check.of_shape(op, "gap", gap, tuple(x.shape), "[N, C, H, W]")
+        check.same_device(op, "gap", gap, "delta", delta)
     if not eps >= 0:
         raise ValueError(f"dz::{op}: eps must be at least 0, got {eps}")
     check.in_range(op, "channel", channel, channels, "channels of x")
     scale = torch.ones_like(mean) if gamma is None else gamma.to(torch.float64)
-    return backends.run(op, delta, delta, channel, x, mean, var, scale, eps=float(eps), y=y if relu else None)
+    return backends.run(
+        op, delta, delta, channel, x, mean, var, scale, eps=float(eps), training=bool(training),
+        y=y if relu else None, pool=pool, gap=gap if pool > 1 else None,
+    )  # fmt: skip
 
 
 def dense_batch_norm(

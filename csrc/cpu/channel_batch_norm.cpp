@@ -1,4 +1,4 @@
-#include "common.h"
+#include "norm.h"
 
 namespace dz {
 namespace {
@@ -6,49 +6,70 @@ namespace {
 // Sums are taken over blocks of this many elements and the blocks added in order: the result does not depend on which
 // thread took which block.
 constexpr int64_t kBlock = 4096;
+constexpr int64_t kSums = 4;                   // vectors that are summed side by side
+constexpr int64_t kRun = 64 * kSums * kLanes;  // elements whose sums stay in float32: 64 terms each
+constexpr int64_t kMoments = 3;                // of e = d - shift: sums of e, e^2, zc e
 
-// to[m] = from[n, h, w] - shift over one channel, m = (n * H + h) * W + w in first .. last - 1, subtracted in float64.
-void gather(const float* from, int64_t sn, int64_t sh, int64_t sw, int64_t H, int64_t W, double shift, float* to,
-            int64_t first, int64_t last) {
-  for (int64_t m = first; m < last;) {
-    const int64_t w = m % W, h = m / W % H, n = m / W / H;
-    const int64_t run = lesser(W - w, last - m);
-    const float* row = from + n * sn + h * sh + w * sw;
-    if (sw == 1) {
-      for (int64_t i = 0; i < run; ++i) to[m + i] = static_cast<float>(row[i] - shift);
-    } else {
-      for (int64_t i = 0; i < run; ++i) to[m + i] = static_cast<float>(row[i * sw] - shift);
+// One channel of a [N, C, H, W] tensor.
+struct Plane {
+  const float* data;
+  int64_t sn, sh, sw, H, W;
+
+  bool contiguous() const { return sw == 1 && sh == W && sn == H * W; }
+  // to[m] = this[m] - shift in the order of contiguous [N, H, W], for m in first .. last - 1, subtracted in float64.
+  void gather(double shift, float* to, int64_t first, int64_t last) const {
+    if (contiguous()) {
+      for (int64_t m = first; m < last; ++m) to[m] = static_cast<float>(data[m] - shift);
+      return;
     }
-    m += run;
+    for (int64_t m = first; m < last;) {
+      const int64_t w = m % W, h = m / W % H, n = m / W / H;
+      const int64_t run = lesser(W - w, last - m);
+      const float* row = data + n * sn + h * sh + w * sw;
+      for (int64_t i = 0; i < run; ++i) to[m + i] = static_cast<float>(row[i * sw] - shift);
+      m += run;
+    }
   }
+};
+
+typedef double Wide __attribute__((vector_size(kLanes * sizeof(double))));
+
+DZ_INLINE double sum_of(Wide v) {
+  double total = 0.0;
+  for (int64_t i = 0; i < kLanes; ++i) total += v[i];
+  return total;
 }
 
-double sum_of(const float* d, int64_t size) {
-  Double8 total = {};
+void moments(const float* d, const float* zc, float shift, double* sums, int64_t size) {
+  Wide wide_e1 = {}, wide_e2 = {}, wide_ze = {};
   int64_t i = 0;
-  for (; i + 8 <= size; i += 8) total += widen(load<Float8>(d + i));
-  double rest = 0.0;
-  for (; i < size; ++i) rest += d[i];
-  return sum(total) + rest;
-}
-
-// Sum of 2 zc dzc + dzc^2.
-double variance_change(const float* zc, const float* d, double mean_d, int64_t size) {
-  Double8 total = {};
-  int64_t i = 0;
-  for (; i + 8 <= size; i += 8) {
-    const Double8 dzc = widen(load<Float8>(d + i)) - mean_d, z = widen(load<Float8>(zc + i));
-    total += dzc * (z + z + dzc);
+  while (size - i >= kSums * kLanes) {
+    const int64_t end = i + lesser(kRun, (size - i) / (kSums * kLanes) * (kSums * kLanes));
+    Vec a[kSums] = {}, b[kSums] = {}, c[kSums] = {};
+    for (; i < end; i += kSums * kLanes) {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kSums; ++k) {
+        const Vec e = load<Vec>(d + i + k * kLanes) - shift;
+        a[k] += e;
+        b[k] += e * e;
+        c[k] += e * load<Vec>(zc + i + k * kLanes);
+      }
+    }
+    for (int64_t k = 0; k < kSums; ++k) {
+      wide_e1 += __builtin_convertvector(a[k], Wide);
+      wide_e2 += __builtin_convertvector(b[k], Wide);
+      wide_ze += __builtin_convertvector(c[k], Wide);
+    }
   }
-  double rest = 0.0;
+  double e1 = sum_of(wide_e1), e2 = sum_of(wide_e2), ze = sum_of(wide_ze);
   for (; i < size; ++i) {
-    const double dzc = d[i] - mean_d, z = zc[i];
-    rest += dzc * (z + z + dzc);
+    const double e = d[i] - shift;
+    e1 += e, e2 += e * e, ze += e * zc[i];
   }
-  return sum(total) + rest;
+  sums[0] = e1, sums[1] = e2, sums[2] = ze;
 }
 
-// Sum of (zc + dzc)^2.
+// Sum of (zc + d - mean_d)^2.
 double moved_variance(const float* zc, const float* d, double mean_d, int64_t size) {
   double total = 0.0;
   for (int64_t i = 0; i < size; ++i) {
@@ -58,98 +79,175 @@ double moved_variance(const float* zc, const float* d, double mean_d, int64_t si
   return total;
 }
 
-// max(y + dy, 0) - max(y, 0) without subtracting the two. NaN stays NaN.
-DZ_INLINE float relu_change(float y, float dy) {
-  const float alive = dy < -y ? -y : dy;
-  const float dead = y + dy < 0.0f ? 0.0f : y + dy;
-  return y > 0.0f ? alive : dead;
+// dn = scale (d - shift) - (pull zc + offset)
+struct Coefficients {
+  float shift, scale, pull, offset;
+};
+
+// out = dn, through the ReLU with y, plus gap. Without ZC only scale matters.
+template <bool ZC, bool RELU, bool GAP>
+void apply(const float* d, const float* zc, const float* y, const float* gap, float* out, const Coefficients& with,
+           int64_t size) {
+  const auto step = [&](auto get, int64_t i) {
+    Vec v = get(d + i);
+    v = ZC ? with.scale * (v - with.shift) - (with.pull * get(zc + i) + with.offset) : with.scale * v;
+    if constexpr (RELU) v = relu_change(get(y + i), v);
+    if constexpr (GAP) v += get(gap + i);
+    return v;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    store(out + i, step([](const float* p) { return load<Vec>(p); }, i));
+  }
+  if (i < size) {
+    const int64_t left = size - i;
+    store_first(out + i, step([left](const float* p) { return load_first(p, left); }, i), left);
+  }
 }
 
-// out = a dzc - b zc, then the change of the activation if there is one.
-void normalise(const float* zc, const float* y, const float* d, float* out, double mean_d, double a, double b,
-               int64_t size) {
-  int64_t i = 0;
-  for (; i + 8 <= size; i += 8) {
-    const Double8 dzc = widen(load<Float8>(d + i)) - mean_d, z = widen(load<Float8>(zc + i));
-    store(out + i, __builtin_convertvector(a * dzc - b * z, Float8));
+using Apply = void (*)(const float*, const float*, const float*, const float*, float*, const Coefficients&, int64_t);
+
+Apply apply_for(bool zc, bool relu, bool gap) {
+  if (zc) {
+    return relu ? (gap ? &apply<true, true, true> : &apply<true, true, false>)
+                : (gap ? &apply<true, false, true> : &apply<true, false, false>);
   }
-  for (; i < size; ++i) out[i] = static_cast<float>(a * (d[i] - mean_d) - b * zc[i]);
-  if (y != nullptr) {
-    for (i = 0; i < size; ++i) out[i] = relu_change(y[i], out[i]);
+  return relu ? (gap ? &apply<false, true, true> : &apply<false, true, false>)
+              : (gap ? &apply<false, false, true> : &apply<false, false, false>);
+}
+
+// to[x] = maximum over `pool` rows, for x in first .. width - 1 as far as whole vectors go; returns where they end.
+template <typename V>
+DZ_INLINE int64_t rows_maximum(const float* from, float* to, int64_t pool, int64_t line, int64_t first, int64_t width) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(float);
+  int64_t x = first;
+  for (; x + lanes <= width; x += lanes) {
+    V best = load<V>(from + x);
+    for (int64_t i = 1; i < pool; ++i) best = larger(best, load<V>(from + i * line + x));
+    store(to + x, best);
+  }
+  return x;
+}
+
+// out[i] = maximum of `pool` neighbours.
+void neighbours_maximum(const float* from, float* out, int64_t pool, int64_t size) {
+  typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  int64_t i = 0;
+  if (pool == 2) {
+    Index even;
+    for (int32_t k = 0; k < kLanes; ++k) even[k] = 2 * k;
+    for (; i + kLanes <= size; i += kLanes) {
+      const Vec a = load<Vec>(from + 2 * i), b = load<Vec>(from + 2 * i + kLanes);
+      store(out + i, larger(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 1)));
+    }
+  }
+  for (; i < size; ++i) {
+    float best = from[pool * i];
+    for (int64_t j = 1; j < pool; ++j) best = larger(best, from[pool * i + j]);
+    out[i] = best;
   }
 }
 
 }  // namespace
 
 void DZ_KERNEL(channel_batch_norm)(const float* delta, const int64_t* channel, const float* x, const double* mean,
-                                   const double* var, const double* gamma, const float* y, float* out, double eps,
-                                   int64_t P, int64_t N, int64_t H, int64_t W, int64_t xn, int64_t xc, int64_t xh,
-                                   int64_t xw, int64_t yn, int64_t yc, int64_t yh, int64_t yw) {
+                                   const double* var, const double* gamma, const float* y, const float* gap, float* out,
+                                   double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t xn, int64_t xc,
+                                   int64_t xh, int64_t xw, int64_t yn, int64_t yc, int64_t yh, int64_t yw, int64_t gn,
+                                   int64_t gc, int64_t gh, int64_t gw, int64_t pool, bool training) {
   const int64_t M = N * H * W, blocks = ceil_div(M, kBlock);
   if (M == 0) return;
   const int64_t threads = omp_get_max_threads();
-  // Whole perturbations per thread keep a plane in cache over the three passes; too few of them are split by blocks.
-  // Both ways add the same blocks in the same order.
+  const Strips strips(N, H, W, pool, kBlock);
+  const int64_t columns = W / pool;
+  // Whole perturbations per thread keep a plane in cache over the passes; too few of them are split by blocks. Both
+  // ways add the same blocks in the same order.
   const bool split = P < threads;
   const int64_t slots = split ? 1 : threads;
-  const int64_t size = ceil_div(M, 16) * 16;
-  Scratch<float> planes(slots * size * (y != nullptr ? 2 : 1));
-  Scratch<double> partials(slots * (blocks + 8));
+  const int64_t size = ceil_div(M, 16) * 16, held = ceil_div(strips.widest, 16) * 16;
+  const bool own_y = y != nullptr && !Plane{y, yn, yh, yw, H, W}.contiguous();
+  const bool own_gap = gap != nullptr && !Plane{gap, gn, gh, gw, H, W}.contiguous();
+  Scratch<float> planes(slots * size * (training + own_y + own_gap)), pooled(gap != nullptr ? threads * 2 * held : 0);
+  Scratch<double> partials(slots * (blocks * kMoments + 8));
+  const Apply run = apply_for(training, y != nullptr, gap != nullptr);
 
 #pragma omp parallel if (!split)
   {
     const int64_t slot = split ? 0 : omp_get_thread_num();
-    float* zc = planes.data + slot * size;
-    float* yc_plane = y != nullptr ? planes.data + (slots + slot) * size : nullptr;
-    double* partial = partials.data + slot * (blocks + 8);
-    int64_t held = -1;  // the channel in zc
+    float* zc = planes.data + slot * size * (training + own_y + own_gap);
+    float *y_copy = zc + (training ? size : 0), *gap_copy = y_copy + (own_y ? size : 0);
+    double* partial = partials.data + slot * (blocks * kMoments + 8);
+    int64_t kept = -1;  // the channel in the planes
 
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < P; ++p) {
       const int64_t c = channel[p];
       const float* d = delta + p * M;
+      const float* y_plane = own_y ? y_copy : y != nullptr ? y + c * yc : nullptr;
+      const float* gap_plane = own_gap ? gap_copy : gap != nullptr ? gap + c * gc : nullptr;
+      const double before = var[c] + eps, s = __builtin_sqrt(before);
+      Coefficients with = {0.0f, static_cast<float>(gamma[c] / s), 0.0f, 0.0f};
 
+      if (kept != c) {
+        kept = c;
 #pragma omp parallel for schedule(static) if (split)
-      for (int64_t k = 0; k < blocks; ++k) {
-        const int64_t first = k * kBlock, last = lesser(M, first + kBlock);
-        if (held != c) {
-          gather(x + c * xc, xn, xh, xw, H, W, mean[c], zc, first, last);
-          if (yc_plane != nullptr) gather(y + c * yc, yn, yh, yw, H, W, 0.0, yc_plane, first, last);
+        for (int64_t k = 0; k < blocks; ++k) {
+          const int64_t first = k * kBlock, last = lesser(M, first + kBlock);
+          if (training) Plane{x + c * xc, xn, xh, xw, H, W}.gather(mean[c], zc, first, last);
+          if (own_y) Plane{y + c * yc, yn, yh, yw, H, W}.gather(0.0, y_copy, first, last);
+          if (own_gap) Plane{gap + c * gc, gn, gh, gw, H, W}.gather(0.0, gap_copy, first, last);
         }
-        partial[k] = sum_of(d + first, last - first);
       }
-      held = c;
-      double mean_d = 0.0;
-      for (int64_t k = 0; k < blocks; ++k) mean_d += partial[k];
-      mean_d /= static_cast<double>(M);
-
+      if (training) {
+        // The mean of 16 elements: near enough to the mean of all, so that sums about it do not cancel.
+        const int64_t seen = lesser(M, 16);
+        double some = 0.0;
+        for (int64_t k = 0; k < seen; ++k) some += d[M * k / seen];
+        const float shift = static_cast<float>(some / static_cast<double>(seen));
 #pragma omp parallel for schedule(static) if (split)
-      for (int64_t k = 0; k < blocks; ++k) {
-        const int64_t first = k * kBlock;
-        partial[k] = variance_change(zc + first, d + first, mean_d, lesser(M - first, kBlock));
-      }
-      double dvar = 0.0;
-      for (int64_t k = 0; k < blocks; ++k) dvar += partial[k];
-      dvar /= static_cast<double>(M);
-
-      const double before = var[c] + eps;
-      double after = before + dvar;
-      if (after < before / 16) {  // four bits are gone: take the new variance from the moved values themselves
-        after = 0.0;
         for (int64_t k = 0; k < blocks; ++k) {
           const int64_t first = k * kBlock;
-          after += moved_variance(zc + first, d + first, mean_d, lesser(M - first, kBlock));
+          moments(d + first, zc + first, shift, partial + k * kMoments, lesser(M - first, kBlock));
         }
-        after = after / static_cast<double>(M) + eps;
+        double e1 = 0.0, e2 = 0.0, ze = 0.0;
+        for (int64_t k = 0; k < blocks; ++k) {
+          e1 += partial[k * kMoments], e2 += partial[k * kMoments + 1], ze += partial[k * kMoments + 2];
+        }
+        const double count = static_cast<double>(M), mean_e = e1 / count, mean_d = shift + mean_e;
+        const double dvar = (2 * ze + e2) / count - mean_e * mean_e;
+        double after = before + dvar;
+        if (after < before / 16) {  // four bits are gone: take the new variance from the moved values themselves
+          after = 0.0;
+          for (int64_t k = 0; k < blocks; ++k) {
+            const int64_t first = k * kBlock;
+            after += moved_variance(zc + first, d + first, mean_d, lesser(M - first, kBlock));
+          }
+          after = after / count + eps;
+        }
+        const double t = __builtin_sqrt(after), a = gamma[c] / t;
+        with.shift = static_cast<float>(mean_d);
+        with.scale = static_cast<float>(a);
+        with.pull = static_cast<float>(gamma[c] * dvar / (s * t * (s + t)));
+        with.offset = static_cast<float>(a * (mean_d - with.shift));
       }
-      const double s = __builtin_sqrt(before), t = __builtin_sqrt(after);
-      const double a = gamma[c] / t, b = gamma[c] * dvar / (s * t * (s + t));
 
+      const int64_t pieces = gap != nullptr ? strips.pieces : blocks;
 #pragma omp parallel for schedule(static) if (split)
-      for (int64_t k = 0; k < blocks; ++k) {
-        const int64_t first = k * kBlock;
-        normalise(zc + first, yc_plane != nullptr ? yc_plane + first : nullptr, d + first, out + p * M + first, mean_d,
-                  a, b, lesser(M - first, kBlock));
+      for (int64_t k = 0; k < pieces; ++k) {
+        const int64_t first = gap != nullptr ? strips.begin(k) : k * kBlock;
+        const int64_t count = gap != nullptr ? strips.end(k) - first : lesser(M - first, kBlock);
+        float* moved = gap != nullptr ? pooled.data + (split ? omp_get_thread_num() : slot) * 2 * held : nullptr;
+        run(d + first, zc + first, y_plane != nullptr ? y_plane + first : nullptr,
+            gap != nullptr ? gap_plane + first : nullptr, gap != nullptr ? moved : out + p * M + first, with, count);
+        if (gap == nullptr) continue;
+        float *rows = moved + held, *to = rows;
+        for (int64_t q = strips.first(k); q <= strips.last(k); ++q, to += columns * pool) {
+          const float* from = moved + (strips.start(q) - first);
+          int64_t at = rows_maximum<Vec>(from, to, pool, W, 0, columns * pool);
+          if (kLanes > 4) at = rows_maximum<Float4>(from, to, pool, W, at, columns * pool);
+          rows_maximum<float>(from, to, pool, W, at, columns * pool);
+        }
+        neighbours_maximum(rows, out + (p * strips.count + strips.first(k)) * columns, pool, (to - rows) / pool);
       }
     }
   }

@@ -35,6 +35,7 @@ struct Bf16 {
 };
 
 // Eight lanes at every level, so that sums are partitioned alike everywhere.
+typedef float Float4 __attribute__((vector_size(16)));
 typedef float Float8 __attribute__((vector_size(32)));
 typedef double Double8 __attribute__((vector_size(64)));
 typedef uint64_t Bits8 __attribute__((vector_size(64)));

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "norm.h"
 
 namespace dz {
 namespace {
@@ -30,21 +30,6 @@ struct Rows {
   int64_t rest;     // vectors after them
   int64_t tail;     // floats after those
 };
-
-// The first `count` floats of a vector whose others are zero.
-template <typename T>
-DZ_INLINE Vec load_first(const T* from, int64_t count) {
-  float values[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = to_float(from[i]);
-  return load<Vec>(values);
-}
-
-template <typename T>
-DZ_INLINE void store_first(T* to, Vec v, int64_t count) {
-  T values[kLanes];
-  store_vec(values, v);
-  for (int64_t i = 0; i < count; ++i) to[i] = values[i];
-}
 
 template <int N>
 struct Size {
@@ -113,13 +98,6 @@ void moments(const In* d, const float* zc, const float* shift, float* sums, int6
     const Vec e = load_first(d + done + at, rows.tail) - load_first(shift + at, rows.tail);
     add_one(e, load_first(zc + done + at, rows.tail), sums + at, length);
   }
-}
-
-// max(y + dy, 0) - max(y, 0) without subtracting the two: one of the two terms of the sum is 0. NaN stays NaN.
-DZ_INLINE Vec relu_change(Vec y, Vec dy) {
-  const Vec zero = {};
-  const Vec moved = (y > zero ? zero : y) + dy, least = y > zero ? -y : zero;
-  return moved < least ? least : moved;
 }
 
 struct NoResidual {};
@@ -195,9 +173,6 @@ void apply(const In* d, const float* zc, const Residual* residual, const float* 
     store_first(out + i, v, left);
   }
 }
-
-DZ_INLINE Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }  // NaN stays NaN
-DZ_INLINE float larger(float a, float b) { return b > a || b != b ? b : a; }
 
 // One row of windows: the maximum of moved + gap over pool rows of `stride` floats and pool columns. `row` is scratch.
 template <typename Out>
@@ -353,20 +328,10 @@ void dense(const Norm& norm, const In* delta, Out* out) {
   const int64_t group = greater(1, lesser(P, fit > 0 ? fit : 8));
 
   // The second pass goes by blocks of pixels, or of whole rows of windows.
-  const int64_t rows_out = norm.H / pool, columns_out = norm.W / pool, line = norm.W * C;
-  const int64_t strips = norm.N * rows_out, at_once = greater(1, block / (pool * line));
-  const int64_t row_of = norm.H;
-  const auto start = [=](int64_t strip) { return (strip / rows_out * row_of + strip % rows_out * pool) * line; };
-  const int64_t pixels = greater(1, block / C);
-  const int64_t pieces = pool > 1 ? ceil_div(strips, at_once) : ceil_div(size, pixels * C);
-  int64_t widest = pixels * C;
-  if (pool > 1) {
-    widest = 0;
-    for (int64_t k = 0; k < pieces; ++k) {
-      const int64_t last = lesser(strips, (k + 1) * at_once) - 1;
-      widest = greater(widest, start(last) + pool * line - start(k * at_once));
-    }
-  }
+  const Strips strips(norm.N, norm.H, norm.W * C, pool, block);
+  const int64_t columns = norm.W / pool, pixels = greater(1, block / C);
+  const int64_t pieces = pool > 1 ? strips.pieces : ceil_div(size, pixels * C);
+  const int64_t widest = pool > 1 ? strips.widest : pixels * C;
   const int64_t held = ceil_div(widest, 16) * 16;
   Scratch<float> sums(norm.training ? group * blocks * kMoments * length : 0);
   Scratch<float> coefficients(group * kCoefficients * length), planes(threads * 3 * held);
@@ -410,12 +375,11 @@ void dense(const Norm& norm, const In* delta, Out* out) {
             apply_block(norm, p0 + p, d + p * size + first, own, first, part, spread, out + (p0 + p) * size + first);
             continue;
           }
-          const int64_t strip = k * at_once, stop = lesser(strips, strip + at_once), first = start(strip);
-          apply_block(norm, p0 + p, d + p * size + first, own, first, start(stop - 1) + pool * line - first, spread,
-                      moved);
-          for (int64_t q = strip; q < stop; ++q) {
-            pool_row(moved + (start(q) - first), norm.gap + start(q), row,
-                     out + ((p0 + p) * strips + q) * columns_out * C, pool, line, columns_out, C);
+          const int64_t first = strips.begin(k);
+          apply_block(norm, p0 + p, d + p * size + first, own, first, strips.end(k) - first, spread, moved);
+          for (int64_t q = strips.first(k); q <= strips.last(k); ++q) {
+            pool_row(moved + (strips.start(q) - first), norm.gap + strips.start(q), row,
+                     out + ((p0 + p) * strips.count + q) * columns * C, pool, strips.line, columns, C);
           }
         }
       }

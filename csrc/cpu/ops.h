@@ -8,7 +8,7 @@
 #include <cstdint>
 
 // clang-format off
-#define DZ_CPU_OPS(OP)                                                                                                  \
+#define DZ_CPU_OPS(OP)                                                                                                 \
   OP(conv2d_tap, (const float* x,          /* [N, Cin, H, W] with strides xn, xc, xh, xw                           */  \
                   const int64_t* coord,    /* [P, 4] as (o, c, i, j)                                               */  \
                   const float* step,       /* [P]                                                                  */  \
@@ -30,10 +30,12 @@
                           const float* x,  /* [N, C, H, W] with strides xn, xc, xh, xw                             */  \
                           const double* mean, const double* var, const double* gamma, /* [C] each                  */  \
                           const float* y,  /* [N, C, H, W] with strides yn, yc, yh, yw, or null: no activation     */  \
-                          float* out,      /* [P, N, H, W]                                                         */  \
+                          const float* gap, /* [N, C, H, W] with strides gn, gc, gh, gw, or null: no pooling       */  \
+                          float* out,      /* [P, N, H / pool, W / pool]                                           */  \
                           double eps, int64_t P, int64_t N, int64_t H, int64_t W,                                      \
                           int64_t xn, int64_t xc, int64_t xh, int64_t xw,                                              \
-                          int64_t yn, int64_t yc, int64_t yh, int64_t yw))                                             \
+                          int64_t yn, int64_t yc, int64_t yh, int64_t yw,                                              \
+                          int64_t gn, int64_t gc, int64_t gh, int64_t gw, int64_t pool, bool training))                                             \
   OP(dense_batch_norm, (const void* delta, /* [P, N, H, W, C] float32, or bfloat16 with delta_half                 */  \
                         const float* zc,   /* [N, H, W, C]                                                         */  \
                         const double* var, const double* gamma, /* [C] each                                        */  \

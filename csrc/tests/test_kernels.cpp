@@ -177,7 +177,7 @@ void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t
     }
   }
   Indices channel;
-  Floats wanted;
+  Floats wanted, wanted_running;
   for (int64_t p = 0; p < P; ++p) {
     const int64_t c = draw(0, C - 1);
     channel.push_back(c);
@@ -199,8 +199,41 @@ void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t
   const float* base_output = relu ? y.data() : nullptr;
   Floats out = poisoned(P * M);
   dz::kernels().channel_batch_norm(delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
-                                   base_output, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c, s.h, s.w);
-  compare("channel_batch_norm " + dz::isa(), out, wanted, 4e-6);
+                                   base_output, nullptr, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c, s.h,
+                                   s.w, 0, 0, 0, 0, 1, true);
+  compare("channel_batch_norm " + dz::isa(), out, wanted, 2e-5);
+  for (int64_t pool = 2; pool <= 3 && pool <= lesser(H, W); ++pool) {
+    const Floats gap = normals(N * C * H * W, 1);
+    Floats tops;
+    for (int64_t o = 0; o < P * N * (H / pool) * (W / pool); ++o) {
+      const int64_t v = o % (W / pool), u = o / (W / pool) % (H / pool), n = o / (W / pool) / (H / pool) % N;
+      const int64_t p = o / (W / pool) / (H / pool) / N, c = channel[p];
+      float top = -HUGE_VALF;
+      for (int64_t k = 0; k < pool * pool; ++k) {
+        const int64_t m = (n * H + u * pool + k / pool) * W + v * pool + k % pool;
+        top = std::fmax(top, wanted[p * M + m] + gap[at(c, m)]);
+      }
+      tops.push_back(top);
+    }
+    out = poisoned(static_cast<int64_t>(tops.size()));
+    dz::kernels().channel_batch_norm(delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
+                                     base_output, gap.data(), out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c,
+                                     s.h, s.w, s.n, s.c, s.h, s.w, pool, true);
+    compare("channel_batch_norm, pooled, " + dz::isa(), out, tops, 2e-5);
+  }
+  for (int64_t p = 0; p < P && !relu; ++p) {
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t c = channel[p];
+      wanted_running.push_back(static_cast<float>(gamma[c] / std::sqrt(var[c] + eps) * delta[p * M + m]));
+    }
+  }
+  if (!relu) {
+    out = poisoned(P * M);
+    dz::kernels().channel_batch_norm(delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
+                                     nullptr, nullptr, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, 0, 0, 0, 0, 0,
+                                     0, 0, 0, 1, false);
+    compare("channel_batch_norm, running statistics, " + dz::isa(), out, wanted_running, 1e-6);
+  }
   out = poisoned(P * M);
   launch_on_host(dz::channel_batch_norm_kernel, static_cast<unsigned>(P), 1, sizeof(double), delta.data(),
                  channel.data(), x.data(), mean.data(), var.data(), gamma.data(), base_output, out.data(), eps, N, H, W,

@@ -7,14 +7,18 @@ from .._load import native
 
 
 def channel_batch_norm(
-    delta: Tensor, channel: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, *, eps: float, y: Tensor | None
-) -> Tensor:
+    delta: Tensor, channel: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool,
+    y: Tensor | None, pool: int, gap: Tensor | None,
+) -> Tensor:  # fmt: skip
     delta, channel = delta.contiguous(), channel.contiguous()
     mean, var, gamma = mean.contiguous(), var.contiguous(), gamma.contiguous()
-    out = torch.empty(delta.shape, dtype=torch.float32, device="cpu")
+    perturbations, samples, height, width = delta.shape
+    out = torch.empty(perturbations, samples, height // pool, width // pool, dtype=torch.float32, device="cpu")
+    none = (0, 0, 0, 0)
     native().channel_batch_norm(
         delta.data_ptr(), channel.data_ptr(), x.data_ptr(), mean.data_ptr(), var.data_ptr(), gamma.data_ptr(),
-        y.data_ptr() if y is not None else 0, out.data_ptr(), eps,
-        *delta.shape, *x.stride(), *(y.stride() if y is not None else (0, 0, 0, 0)),
+        y.data_ptr() if y is not None else 0, gap.data_ptr() if gap is not None else 0, out.data_ptr(), eps,
+        *delta.shape, *x.stride(), *(y.stride() if y is not None else none),
+        *(gap.stride() if gap is not None else none), pool, training,
     )  # fmt: skip
     return out
