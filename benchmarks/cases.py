@@ -1,4 +1,4 @@
-"""The works that every contender does: model, batch, mask and step as data, and the sample on which they are compared."""
+"""The works that every contender does: model, batch, mask and step as data, and the sample they are compared on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def vit_blocks(model: nn.Module) -> list[Stage]:
 
 
 def reference_ratio(name: str) -> float:
-    """Fraction of a ResNet-20 tensor that the paper's released code prunes at 90 %: no bias, no norm, late layers most."""
+    """What the paper's released code prunes of each ResNet-20 tensor at 90 %: no bias or norm, late layers most."""
     if not name.endswith("weight") or "bn" in name:
         return 0.0
     first = ".0.conv1." in name
@@ -126,9 +126,8 @@ class Case:
 
     def channels_last(self) -> Case:
         model = copy.deepcopy(self.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return Case(
-            self.work, model, (self.batch[0].contiguous(memory_format=torch.channels_last), self.batch[1]), self.mask
-        )
+        images = self.batch[0].contiguous(memory_format=torch.channels_last)
+        return Case(self.work, model, (images, self.batch[1]), self.mask)
 
 
 def build(work: Work, batch: int | None = None) -> Case:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import dzkernels
 import torch
 from deepzero import CGE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+import dzkernels
 
 from .cases import MU, Case, Work, build, objective
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import deepzero as dz
-import dzkernels
 import torch
+
+import dzkernels
 
 ROOT = Path(__file__).resolve().parents[1]
 

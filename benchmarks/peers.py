@@ -33,11 +33,13 @@ class Contender(ABC):
     """How one method does one work.
 
     context   computes derivatives, not quotients: a line for comparison, never judged
+    layout    its tuned row gets model and images in channels-last memory
     queries   perturbed losses that one :meth:`round` really evaluates
     how       which coordinates those are
     """
 
     context = False
+    layout = True
     queries = 0
     how = ""
 
@@ -48,8 +50,8 @@ class Contender(ABC):
     def first(self) -> None:
         """The smallest useful call, whose first run pays for capture and warm-up."""
 
-    def settle(self, seconds: float) -> None:
-        """Choose what a round measures, so that it takes about ``seconds``."""
+    def settle(self, seconds: float) -> None:  # noqa: B027
+        """Choose what a round measures, so that it takes about ``seconds``; by default the sample."""
 
     @abstractmethod
     def quotients(self) -> dict[str, Tensor]:
@@ -64,6 +66,7 @@ class Contender(ABC):
 
 
 class Ours(Contender):
+    layout = False  # the engine lays out its own values
     precision = "float32"
 
     def __init__(self, case: Case, groups: Sequence[Group]) -> None:
@@ -234,6 +237,7 @@ class _Functional(Contender):
     most = 6
     """Tensors measured, where the model has more than 20: evenly spaced weights, each standing for its neighbours."""
 
+    layout = False  # average pooling in channels-last memory has no batching rule and would run one by one
     tuned = False
 
     def __init__(self, case: Case, groups: Sequence[Group]) -> None:
@@ -421,6 +425,7 @@ class RandomLoop(Contender):
 class OursRandom(Contender):
     """RGE on the engine, along the directions of the loop."""
 
+    layout = False
     precision = "float32"
 
     def __init__(self, case: Case, groups: Sequence[Group]) -> None:
@@ -437,7 +442,9 @@ class OursRandom(Contender):
         return self.estimator.estimate(self.case.batch, self.case.mask).grads
 
     def first(self) -> None:
+        self.estimator.directions = 1
         self._estimate()
+        self.estimator.directions = DIRECTIONS
 
     def quotients(self) -> dict[str, Tensor]:
         return {name: grad[self.case.mask[name]].double() for name, grad in self._estimate().items()}

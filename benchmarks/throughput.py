@@ -1,6 +1,6 @@
 """Race every contender on every work and record the rows.
 
-    python -m benchmarks.throughput [--work W1,W2] [--only ours,loop] [--seconds 5] [--rounds 5] [--threads 1] [--no-gate]
+    python -m benchmarks.throughput [--work W1,W2] [--only ours,loop] [--seconds 10] [--rounds 5] [--no-gate]
 
 Every contender lives in a process of its own, so that allocator settings, peak memory and first calls stay apart. The
 parent asks one at a time for a round, in turn: all see the same machine. A time is CPU time of that process.
@@ -23,10 +23,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import dzkernels
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+
+import dzkernels
 
 from . import floors, machine, peers
 from .cases import WORKS, Work, build, sample
@@ -34,7 +35,7 @@ from .cases import WORKS, Work, build, sample
 RESULTS = Path(__file__).parent / "results"
 KEY = ("work", "estimator", "contender", "setting", "dtype", "isa", "threads")
 SETTINGS = ("default", "tuned")
-"""default: as users run it; tuned: channels-last memory, freed memory kept, and its own best setting where it has one."""
+"""default: as users run it; tuned: channels-last memory, freed memory kept, its own best setting where it has one."""
 
 GATE = ("tests/rules", "tests/ops")
 
@@ -83,7 +84,7 @@ def _start(work: Work, key: tuple[str, str, str] | None, setting: str) -> tuple[
     kind = peers.CONTENDERS[key]
     if setting == "tuned":
         kind = peers.TUNED.get(kind, kind)
-        case = case if key[1] == "ours" else case.channels_last()
+        case = case.channels_last() if kind.layout else case
     began = time.process_time()
     contender = kind(case, groups)
     contender.first()
@@ -196,7 +197,7 @@ def race(name: str, options: argparse.Namespace) -> list[dict[str, str]]:
                 if value is not None:
                     racer.times.append(value)
                 enough = len(racer.times) >= options.rounds and racer.spent >= options.seconds
-                if racer.trouble or enough or racer.spent > 8 * options.seconds and len(racer.times) >= 3:
+                if racer.trouble or enough or (racer.spent > 8 * options.seconds and len(racer.times) >= 3):
                     running.remove(racer)
         ended = {id(r): r.ask("facts") if not r.trouble else (0, "", 0.0) for r in racers}
     finally:
