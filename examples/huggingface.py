@@ -17,7 +17,7 @@ except ImportError:
     raise SystemExit("this example needs transformers: pip install transformers") from None
 
 SMALL = os.environ.get("DEEPZERO_EXAMPLE_SMALL") == "1"
-EPOCHS = 2 if SMALL else 12
+EPOCHS = 2 if SMALL else 8
 
 torch.manual_seed(0)
 torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PATH = re.compile(r"(?<![\w./-])((?:\.ci|benchmarks|csrc|docs|dzkernels|examples|python|tests)/[\w./-]*[\w/])")
+PATH = re.compile(r"(?<![\w./-])((?:\.ci|benchmarks|csrc|docs|dzkernels|examples|python|tests)/[\w./*<>-]*[\w/>])")
 
 
 def identity(page: Path) -> str:
@@ -58,7 +58,7 @@ def test_paths_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     missing = [link for link in links if link and not (page.parent / link).exists()]
-    missing += [path for path in PATH.findall(text.replace("](../", "](")) if not (ROOT / path).exists()]
+    missing += [path for path in PATH.findall(text) if not list(ROOT.glob(re.sub("<.*?>", "*", path)))]
     assert not missing
 
 
