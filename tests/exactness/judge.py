@@ -201,17 +201,14 @@ def reference(model: nn.Module, objective: Objective, batch: Any, mask: Mask, mu
     return ours(model, objective, batch, mask, mu, "float64")
 
 
-def sampled(
-    model: nn.Module, objective: Objective, batch: Any, each: int, *, largest: bool = True
-) -> dict[str, Tensor]:
-    """A mask over every parameter tensor: ``each`` random coordinates, and the one with the ``largest`` gradient, so
+def sampled(model: nn.Module, objective: Objective, batch: Any, each: int) -> dict[str, Tensor]:
+    """A mask over every parameter tensor: ``each`` random coordinates, and the one with the largest gradient, so
     that no tensor is judged on dead weights only (an embedding's unused rows)."""
     generator = torch.Generator().manual_seed(0)
     mask = {}
     for name, gradient in autograd(model, objective, batch).items():
         chosen = torch.zeros(gradient.numel(), dtype=torch.bool)
         chosen[torch.randperm(gradient.numel(), generator=generator)[:each]] = True
-        if largest:
-            chosen[gradient.abs().argmax()] = True
+        chosen[gradient.abs().argmax()] = True
         mask[name] = chosen.reshape(gradient.shape)
     return mask
