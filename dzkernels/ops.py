@@ -424,8 +424,8 @@ def softmax_difference(delta: Tensor, p: Tensor, *, log: bool = False) -> Tensor
     result  [P, R, K]  contiguous, dtype of delta
 
     Exactness: with x = expm1(delta) and X = sum_k p |x|, off by at most 24 roundings of p (|x| + X) / exp(m), with log
-    of |delta| + X / exp(m); sums of at most 8 float32 terms a lane that go on in float64. Where exp(m) < 1/2 or a delta
-    is over 60, float64 throughout: a few roundings of the result and of p |delta|.
+    of |delta| + |m| + X / exp(m); sums of at most 8 float32 terms a lane that go on in float64. Where exp(m) < 1/2 or a
+    delta is over 60, float64 throughout with p divided by its sum: one rounding of the result.
     Cost: one exponential an element; reads delta, writes the result.
     """
     op = "softmax_difference"

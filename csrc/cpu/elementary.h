@@ -70,6 +70,19 @@ DZ_INLINE Double8 widen_sum(Vec v) {
 #endif
 }
 
+// As sum(), by halves of a register.
+DZ_INLINE double total_of(Double8 v) {
+  typedef double Double4 __attribute__((vector_size(32)));
+  typedef double Double2 __attribute__((vector_size(16)));
+  Double4 half[2];
+  __builtin_memcpy(half, &v, sizeof(v));
+  const Double4 four = half[0] + half[1];
+  Double2 quarter[2];
+  __builtin_memcpy(quarter, &four, sizeof(four));
+  const Double2 two = quarter[0] + quarter[1];
+  return two[0] + two[1];
+}
+
 // x = k ln 2 + r with |r| <= 0.347, `scale` = 2^k; -87 <= x <= 88 or NaN.
 DZ_INLINE Vec reduce(Vec x, Vec& scale) {
   constexpr float log2e = 1.44269504f, ln2_high = 0x1.62ep-1f, ln2_low = 0x1.0bfbe8p-15f;

@@ -3,9 +3,9 @@
 namespace dz {
 namespace {
 
-constexpr int64_t kRun = 8;        // float32 terms that a lane adds before the sum goes on in float64
-constexpr int64_t kTile = 8192;    // elements of zc that stay in cache over the perturbations
-constexpr int64_t kStep = kLanes;  // elements handled at once
+constexpr int64_t kRun = 8;       // float32 terms that a lane adds before the sum goes on in float64
+constexpr int64_t kTile = 8192;   // elements of zc that stay in cache over the perturbations
+constexpr int64_t kTogether = 8;  // rows whose roots and divisions overlap
 
 // v where the lane is below n, else 0.
 DZ_INLINE Vec first(Vec v, int64_t n) {
@@ -18,19 +18,19 @@ double sum_of(const float* d, int64_t M) {
   Double8 total = {};
   for (int64_t i = 0; i < M;) {
     Vec part = {};
-    const int64_t end = lesser(M, i + kRun * kStep);
-    for (; i + kStep <= end; i += kStep) part += load<Vec>(d + i);
+    const int64_t end = lesser(M, i + kRun * kLanes);
+    for (; i + kLanes <= end; i += kLanes) part += load<Vec>(d + i);
     if (i < end) {
       part += load_some(d + i, end - i);
       i = end;
     }
     total += widen_sum(part);
   }
-  return sum(total);
+  return total_of(total);
 }
 
 struct Moments {
-  Double8 e, moved, change;  // sums of e, (zc + e)^2 and e (2 zc + e), e = d - shift
+  double e, moved, change;  // sums of e, (zc + e)^2 and e (2 zc + e), e = d - shift
 };
 
 struct Parts {
@@ -44,20 +44,20 @@ struct Parts {
 };
 
 Moments moments(const float* d, const float* zc, float shift, int64_t M) {
-  Moments total = {};
+  Double8 e = {}, moved = {}, change = {};
   for (int64_t i = 0; i < M;) {
     Parts part;
-    const int64_t end = lesser(M, i + kRun * kStep);
-    for (; i + kStep <= end; i += kStep) part.add(load<Vec>(d + i) - shift, load<Vec>(zc + i));
+    const int64_t end = lesser(M, i + kRun * kLanes);
+    for (; i + kLanes <= end; i += kLanes) part.add(load<Vec>(d + i) - shift, load<Vec>(zc + i));
     if (i < end) {
       part.add(first(load_some(d + i, end - i) - shift, end - i), load_some(zc + i, end - i));
       i = end;
     }
-    total.e += widen_sum(part.e);
-    total.moved += widen_sum(part.moved);
-    total.change += widen_sum(part.change);
+    e += widen_sum(part.e);
+    moved += widen_sum(part.moved);
+    change += widen_sum(part.change);
   }
-  return total;
+  return {total_of(e), total_of(moved), total_of(change)};
 }
 
 // out = gamma (a (d - shift - rest) - b zc)
@@ -65,7 +65,7 @@ template <bool kGamma>
 void normalise(const float* d, const float* zc, const float* gamma, float* out, float shift, float rest, float a,
                float b, int64_t M) {
   int64_t i = 0;
-  for (; i + kStep <= M; i += kStep) {
+  for (; i + kLanes <= M; i += kLanes) {
     const Vec y = a * ((load<Vec>(d + i) - shift) - rest) - b * load<Vec>(zc + i);
     store(out + i, kGamma ? load<Vec>(gamma + i) * y : y);
   }
@@ -88,19 +88,30 @@ void DZ_KERNEL(layer_norm_difference)(const float* delta, const float* zc, const
 #pragma omp parallel for schedule(static)
   for (int64_t piece = 0; piece < tiles * P; ++piece) {
     const int64_t start = piece / P * rows, p = piece % P;
-    for (int64_t r = start; r < lesser(R, start + rows); ++r) {
+    const int64_t stop = lesser(R, start + rows);
+    for (int64_t r = start; r < stop; r += kTogether) {
+      const int64_t count = lesser(kTogether, stop - r);
       const float *d = delta + (p * R + r) * M, *z = zc + r * M;
-      const float shift = centre ? static_cast<float>(sum_of(d, M) / size) : 0.0f;
-      const Moments total = moments(d, z, shift, M);
-      const double rest = centre ? sum(total.e) / size : 0.0;
-      const double moved = sum(total.moved) / size - rest * rest, dvar = sum(total.change) / size - rest * rest;
-      const double s = __builtin_sqrt(var[r] + eps), t = __builtin_sqrt((moved < 0.0 ? 0.0 : moved) + eps);
-      const float a = static_cast<float>(1.0 / t), b = static_cast<float>(dvar / (s * t * (s + t)));
       float* to = out + (p * R + r) * M;
-      if (gamma != nullptr) {
-        normalise<true>(d, z, gamma, to, shift, static_cast<float>(rest), a, b, M);
-      } else {
-        normalise<false>(d, z, nullptr, to, shift, static_cast<float>(rest), a, b, M);
+      float shift[kTogether] = {}, rest[kTogether], a[kTogether], b[kTogether];
+      if (centre) {
+        for (int64_t i = 0; i < count; ++i) shift[i] = static_cast<float>(sum_of(d + i * M, M) / size);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const Moments total = moments(d + i * M, z + i * M, shift[i], M);
+        const double left = centre ? total.e / size : 0.0;
+        const double moved = total.moved / size - left * left, dvar = total.change / size - left * left;
+        const double s = __builtin_sqrt(var[r + i] + eps), t = __builtin_sqrt((moved < 0.0 ? 0.0 : moved) + eps);
+        rest[i] = static_cast<float>(left);
+        a[i] = static_cast<float>(1.0 / t);
+        b[i] = static_cast<float>(dvar / (s * t * (s + t)));
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        if (gamma != nullptr) {
+          normalise<true>(d + i * M, z + i * M, gamma, to + i * M, shift[i], rest[i], a[i], b[i], M);
+        } else {
+          normalise<false>(d + i * M, z + i * M, nullptr, to + i * M, shift[i], rest[i], a[i], b[i], M);
+        }
       }
     }
   }

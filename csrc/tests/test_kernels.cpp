@@ -386,6 +386,76 @@ int main() {
       test_dense_batch_norm(draw(0, 5), draw(2, 4), draw(1, 40), height, width,
                             draw(1, lesser(3, lesser(height, width))), round % 4, round % 5 != 0, round % 2 == 0,
                             round % 3 == 0);
+void test_gelu_difference(int64_t P, int64_t S, float scale, bool tanh) {
+  const Floats z = normals(S, 3), delta = normals(P * S, scale);
+  const auto gelu = [tanh](double x) {
+    return tanh ? x / (1 + std::exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+                : x * 0.5 * std::erfc(-x / std::sqrt(2.0));
+  };
+  Floats wanted;
+  for (int64_t i = 0; i < P * S; ++i)
+    wanted.push_back(static_cast<float>(gelu(z[i % S] + static_cast<double>(delta[i])) - gelu(z[i % S])));
+  Floats out = poisoned(P * S);
+  dz::kernels().gelu_difference(delta.data(), z.data(), out.data(), P, S, tanh);
+  compare("gelu_difference " + dz::isa(), out, wanted, 4e-7 * std::fmax(1, scale));
+}
+
+void test_layer_norm_difference(int64_t P, int64_t R, int64_t M, float scale, bool centre, bool weighted) {
+  const double eps = 1e-3, size = static_cast<double>(M);
+  Floats zc = normals(R * M, 1);
+  const Floats delta = normals(P * R * M, scale), gamma = normals(M, 1);
+  Doubles var;
+  for (int64_t r = 0; r < R; ++r) {
+    double mean = 0, square = 0;
+    for (int64_t k = 0; k < M && centre; ++k) mean += zc[r * M + k] / size;
+    for (int64_t k = 0; k < M; ++k) zc[r * M + k] = static_cast<float>(zc[r * M + k] - mean);
+    for (int64_t k = 0; k < M; ++k) square += std::pow(zc[r * M + k], 2) / size;
+    var.push_back(square);
+  }
+  Floats wanted;
+  for (int64_t row = 0; row < P * R; ++row) {
+    const float *d = delta.data() + row * M, *z = zc.data() + row % R * M;
+    double mean = 0, after = eps;
+    for (int64_t k = 0; k < M && centre; ++k) mean += d[k] / size;
+    for (int64_t k = 0; k < M; ++k) after += std::pow(z[k] + (d[k] - mean), 2) / size;
+    for (int64_t k = 0; k < M; ++k) {
+      const double change = (z[k] + (d[k] - mean)) / std::sqrt(after) - z[k] / std::sqrt(var[row % R] + eps);
+      wanted.push_back(static_cast<float>(weighted ? gamma[k] * change : change));
+    }
+  }
+  Floats out = poisoned(P * R * M);
+  dz::kernels().layer_norm_difference(delta.data(), zc.data(), var.data(), weighted ? gamma.data() : nullptr,
+                                      out.data(), eps, P, R, M, centre);
+  compare("layer_norm_difference " + dz::isa(), out, wanted, 1e-4);
+}
+
+void test_softmax_difference(int64_t P, int64_t R, int64_t K, float scale, bool log) {
+  Floats p = normals(R * K, 2);
+  const Floats delta = normals(P * R * K, scale);
+  for (int64_t r = 0; r < R; ++r) {
+    double sum = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      float& v = p[r * K + k];
+      v = k > 0 && k % 5 == 0 ? 0.0f : std::exp(v);
+      sum += v;
+    }
+    for (int64_t k = 0; k < K; ++k) p[r * K + k] = static_cast<float>(p[r * K + k] / sum);
+  }
+  Floats wanted;
+  for (int64_t row = 0; row < P * R; ++row) {
+    const float *d = delta.data() + row * K, *prob = p.data() + row % R * K;
+    double sum = 0;
+    for (int64_t k = 0; k < K; ++k) sum += prob[k] * std::exp(static_cast<double>(d[k]));
+    for (int64_t k = 0; k < K; ++k) {
+      const double change = d[k] - std::log(sum);
+      wanted.push_back(static_cast<float>(log ? change : prob[k] * std::expm1(change)));
+    }
+  }
+  Floats out = poisoned(P * R * K);
+  dz::kernels().softmax_difference(delta.data(), p.data(), out.data(), P, R, K, log);
+  compare("softmax_difference " + dz::isa(), out, wanted, 2e-6);
+}
+
       test_cross_entropy_difference(draw(0, 5), draw(1, 40), draw(1, 70), round % 3 == 0 ? 1e-3f : 30.0f);
     }
     test_channel_batch_norm(2, 5, 2, 40, 43, 1.0f, true, true);  // several blocks
@@ -401,3 +471,9 @@ int main() {
   std::printf("%d comparisons passed\n", checks);
   return 0;
 }
+    for (int round = 0; round < 40; ++round) {
+      const float scale = round % 3 == 0 ? 1e-3f : round % 3 == 1 ? 0.3f : 20.0f;
+      test_gelu_difference(draw(0, 4), draw(1, 700), scale, round % 2 == 0);
+      test_layer_norm_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0, round % 4 < 2);
+      test_softmax_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0);
+    }
