@@ -6,7 +6,6 @@ the stretch moves, the generic rules run its nodes one by one: fusing changes sp
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,7 +145,7 @@ def _square_pool(node: Any) -> int:
 def _run_norm(run: Block, parts: _Norm) -> Carrier | None:
     x, gamma, beta = parts.norm.args[:3]
     d = run.raw(x)
-    moving = run.d(parts.residual)
+    moving = run.raw(parts.residual)
     if run.dtype is not torch.float32 or run.d(gamma) is not Zero or run.d(beta) is not Zero or d is Zero:
         return None
     training, eps, mean, var = _statistics(run, parts.norm)
@@ -204,7 +203,5 @@ def _saves(run: Block, parts: _Norm, training: bool, mean: Any, var: Any) -> tup
     return layouts[0], v, layouts[1], layouts[2]  # type: ignore[return-value]
 
 
-PATTERNS: list[Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]] = (
-    [_norm_stretch] if "training" in str(inspect.signature(dzkernels.channel_batch_norm)) else []
-)
+PATTERNS: list[Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]] = [_norm_stretch]
 """Tried in order at every node of a suffix."""

@@ -237,16 +237,15 @@ def convolution(run: Block, node: Any) -> Carrier:
             total = _one_channel_in(run, conv, dx, run.low(w), shape)
         else:
             values = dense(dx)
-            out = run.product(lambda a, k: conv(a, k, conv.groups), values.flatten(0, 1), run.low(w))
-            total = Dense(out.unflatten(0, values.shape[:2]))
+            images, weight = values.flatten(0, 1).to(run.operands), run.low(w).to(run.operands)
+            # the result stays in the operand dtype: what follows is mostly a fused norm that reads it as it is
+            total = Dense(conv(images, weight, conv.groups).unflatten(0, values.shape[:2]))
     if dw is not Zero:
         total = carriers.add(total, _kernel_moves(run, conv, x, dw, shape))
     return carriers.add(total, _bias(run, node, bias, 1)) if bias is not None else total
 
 
-def _one_channel_in(
-    run: Block, conv: _Geometry, dx: OneChannel, weight: Tensor, shape: tuple[int, ...]
-) -> Carrier:
+def _one_channel_in(run: Block, conv: _Geometry, dx: OneChannel, weight: Tensor, shape: tuple[int, ...]) -> Carrier:
     """One input channel moves: only its column of the weight takes part, and only its group's outputs move."""
     groups = conv.groups
     if groups == 1 and conv.has_kernels(run.dtype):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import dzkernels
 import torch
 from torch import Tensor, fx
 
@@ -164,7 +165,10 @@ def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
         step = entry.step.reshape(-1, *[1] * len(rest))
         values = step.expand(-1, *rest) if run.d(gamma) is Zero else select(hat, z.dim() - 1, channel) * step
         return OneChannel(tuple(z.shape), z.dim() - 1, channel, values), Zero, Zero
-    dhat = None if d is Zero else normalised(dense(d), zc, v, eps, [k + 1 for k in dims])  # type: ignore[arg-type]
+    if d is not Zero and not vectors:
+        weight = None if gamma is None else run.low(gamma).reshape(-1)
+        return Dense(_row_norm(dense(d), zc, v, weight, eps)), Zero, Zero
+    dhat = None if d is Zero else _row_norm(dense(d), zc, v, None, eps)
     shape = list(z.shape[dims[0] :])
     g, dg = _vector(run, gamma, shape)
     _, db = _vector(run, beta, shape)
@@ -174,6 +178,13 @@ def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
         db = db.reshape(len(db), *[1] * dims[0], *shape)
     total = affine(dhat, hat, g, dg, db)
     return Dense(total.expand(run.count, *z.shape)), Zero, Zero
+
+
+def _row_norm(dz: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, eps: Any) -> Tensor:
+    """The norm's difference over rows: zc [R.., M..] as var [R.., 1..] divides it, dz [P, *zc.shape]."""
+    rows = zc.reshape(var.numel(), -1)
+    out = dzkernels.layer_norm_difference(dz.reshape(len(dz), *rows.shape), rows, var.reshape(-1), gamma, eps=float(eps))
+    return out.reshape(dz.shape)
 
 
 @rule(aten.native_group_norm.default)
@@ -192,7 +203,7 @@ def group_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
     dhat = None
     if d is not Zero:
         values = dense(d)
-        dhat = normalised(values.reshape(len(values), *split), zc, v, eps, [3]).reshape(values.shape)  # type: ignore[arg-type]
+        dhat = _row_norm(values.reshape(len(values), *split), zc, v, None, eps).reshape(values.shape)
     vector = [1, c, *[1] * (z.dim() - 2)]
     g, dg = _vector(run, gamma, vector)  # type: ignore[arg-type]
     _, db = _vector(run, beta, vector)  # type: ignore[arg-type]

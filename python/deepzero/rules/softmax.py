@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import dzkernels
 import torch
 from torch import Tensor, fx
 
@@ -41,9 +42,17 @@ def log_softmax(run: Block, node: fx.Node) -> Carrier:
 @rule(aten._softmax.default)
 def softmax(run: Block, node: fx.Node) -> Carrier:
     d = dense(run.d(node.args[0]))
-    dim = int(node.args[1]) % (d.dim() - 1) + 1  # type: ignore[call-overload]
-    p = run.saved(node, "low", lambda: run.base_rounded(_probabilities(run, node)))
-    return Dense(p * torch.expm1(d - log_sum_exp(d, p, dim)))
+    dim = int(node.args[1]) % (d.dim() - 1)  # type: ignore[call-overload]
+    p = run.saved(node, "rows", lambda: _rows(_probabilities(run, node), dim).to(run.dtype))
+    rows = d.movedim(dim + 1, -1)
+    out = dzkernels.softmax_difference(rows.reshape(len(d), *p.shape), p)
+    return Dense(out.reshape(rows.shape).movedim(-1, dim + 1))
+
+
+def _rows(value: Tensor, dim: int) -> Tensor:
+    """[R, K] with dimension ``dim`` last."""
+    moved = value.movedim(dim, -1)
+    return moved.reshape(-1, moved.shape[-1])
 
 
 @rule(aten.logcumsumexp.default)
