@@ -364,28 +364,6 @@ void test_cross_entropy_difference(int64_t P, int64_t N, int64_t K, float scale)
   compare("cross_entropy_difference cuda on host", out, wanted, 1e-13);
 }
 
-}  // namespace
-
-int main() {
-  for (const std::string& level : dz::isa_built()) {
-    const std::string refusal = dz::isa_refusal(level);
-    if (!refusal.empty()) {
-      std::printf("level %s skipped: %s\n", level.c_str(), refusal.c_str());
-      continue;
-    }
-    dz::set_isa(level);
-    for (int round = 0; round < 150; ++round) {
-      const Geometry g = any_geometry();
-      test_conv2d_tap(g, round % 2 != 0);
-      test_channel_conv2d(g, round % 2 != 0);
-    }
-    for (int round = 0; round < 40; ++round) {
-      test_channel_batch_norm(draw(0, 5), draw(2, 4), draw(1, 3), draw(1, 7), draw(2, 9), round % 3 == 0 ? 1e-3f : 1.0f,
-                              round % 2 != 0, round % 4 < 2);
-      const int64_t height = draw(2, 7), width = draw(2, 9);
-      test_dense_batch_norm(draw(0, 5), draw(2, 4), draw(1, 40), height, width,
-                            draw(1, lesser(3, lesser(height, width))), round % 4, round % 5 != 0, round % 2 == 0,
-                            round % 3 == 0);
 void test_gelu_difference(int64_t P, int64_t S, float scale, bool tanh) {
   const Floats z = normals(S, 3), delta = normals(P * S, scale);
   const auto gelu = [tanh](double x) {
@@ -456,7 +434,35 @@ void test_softmax_difference(int64_t P, int64_t R, int64_t K, float scale, bool 
   compare("softmax_difference " + dz::isa(), out, wanted, 2e-6);
 }
 
+}  // namespace
+
+int main() {
+  for (const std::string& level : dz::isa_built()) {
+    const std::string refusal = dz::isa_refusal(level);
+    if (!refusal.empty()) {
+      std::printf("level %s skipped: %s\n", level.c_str(), refusal.c_str());
+      continue;
+    }
+    dz::set_isa(level);
+    for (int round = 0; round < 150; ++round) {
+      const Geometry g = any_geometry();
+      test_conv2d_tap(g, round % 2 != 0);
+      test_channel_conv2d(g, round % 2 != 0);
+    }
+    for (int round = 0; round < 40; ++round) {
+      test_channel_batch_norm(draw(0, 5), draw(2, 4), draw(1, 3), draw(1, 7), draw(2, 9), round % 3 == 0 ? 1e-3f : 1.0f,
+                              round % 2 != 0, round % 4 < 2);
+      const int64_t height = draw(2, 7), width = draw(2, 9);
+      test_dense_batch_norm(draw(0, 5), draw(2, 4), draw(1, 40), height, width,
+                            draw(1, lesser(3, lesser(height, width))), round % 4, round % 5 != 0, round % 2 == 0,
+                            round % 3 == 0);
       test_cross_entropy_difference(draw(0, 5), draw(1, 40), draw(1, 70), round % 3 == 0 ? 1e-3f : 30.0f);
+    }
+    for (int round = 0; round < 40; ++round) {
+      const float scale = round % 3 == 0 ? 1e-3f : round % 3 == 1 ? 0.3f : 20.0f;
+      test_gelu_difference(draw(0, 4), draw(1, 700), scale, round % 2 == 0);
+      test_layer_norm_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0, round % 4 < 2);
+      test_softmax_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0);
     }
     test_channel_batch_norm(2, 5, 2, 40, 43, 1.0f, true, true);  // several blocks
     test_cross_entropy_difference(2, 3, 3000, 1.0f);             // a row longer than a chunk
@@ -471,9 +477,3 @@ void test_softmax_difference(int64_t P, int64_t R, int64_t K, float scale, bool 
   std::printf("%d comparisons passed\n", checks);
   return 0;
 }
-    for (int round = 0; round < 40; ++round) {
-      const float scale = round % 3 == 0 ? 1e-3f : round % 3 == 1 ? 0.3f : 20.0f;
-      test_gelu_difference(draw(0, 4), draw(1, 700), scale, round % 2 == 0);
-      test_layer_norm_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0, round % 4 < 2);
-      test_softmax_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0);
-    }
