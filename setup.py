@@ -31,6 +31,7 @@ OPS = (
     "channel_conv2d",
     "channel_batch_norm",
     "dense_batch_norm",
+    "channel_linear_cross_entropy",
     "cross_entropy_difference",
     "gelu_difference",
     "layer_norm_difference",

@@ -40,6 +40,9 @@ def dense_batch_norm(
     /,
     *sizes: int,
 ) -> None: ...
+def channel_linear_cross_entropy(
+    delta: int, channel: int, weight: int, log_probs: int, probs: int, target: int, out: int, /, *sizes: int
+) -> None: ...
 def cross_entropy_difference(
     log_probs: int, probs: int, target: int, dlogits: int, out: int, /, *sizes: int
 ) -> None: ...

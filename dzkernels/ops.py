@@ -19,6 +19,7 @@ OPS = (
     "channel_conv2d",
     "channel_batch_norm",
     "dense_batch_norm",
+    "channel_linear_cross_entropy",
     "cross_entropy_difference",
     "gelu_difference",
     "layer_norm_difference",
@@ -95,6 +96,7 @@ def channel_conv2d(
     padding: Pair = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A difference that lives in one input channel per perturbation, through a conv2d.
 
@@ -106,7 +108,9 @@ def channel_conv2d(
     weight   [O, Cg, kh, kw]        of the convolution, dtype of delta
     result   [P, N, O, Ho, Wo]      a view of contiguous [P, N, Ho, Wo, O] memory (channels last)
 
-    Exactness: a sum of kh * kw products per output, in any order.
+    The result has the dtype of delta unless out_dtype is given.
+
+    Exactness: a sum of kh * kw products per output, in any order, rounded once more to another out_dtype.
     Cost: 2 * kh * kw operations per output value of the group.
     """
     op = "channel_conv2d"
@@ -126,9 +130,14 @@ def channel_conv2d(
     kernel = (weight.shape[2], weight.shape[3])
     check.output_size(op, delta.shape[2], delta.shape[3], kernel, stride, padding, dilation)
     check.in_range(op, "channel", channel, weight.shape[1] * groups, "input channels")
+    if out_dtype is None:
+        out_dtype = delta.dtype
+    elif out_dtype not in check.FLOATS:
+        raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
     return backends.run(
-        op, delta, delta, channel, weight, stride=stride, padding=padding, dilation=dilation, groups=groups
-    )
+        op, delta, delta, channel, weight, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 def channel_batch_norm(
@@ -317,6 +326,46 @@ def _pool(op: str, pool: int, height: int, width: int) -> None:
         raise ValueError(
             f"dz::{op}: pool must be an integer in 1..{min(height, width)} (height and width), got {pool!r}"
         )
+
+
+def channel_linear_cross_entropy(
+    delta: Tensor, channel: Tensor, weight: Tensor, log_probs: Tensor, target: Tensor
+) -> Tensor:
+    """Change of the mean cross-entropy when one input feature of the last linear layer moves.
+
+    out = cross_entropy_difference(log_probs, target, dlogits)
+    with dlogits[p, n, k] = delta[p, n] * weight[k, channel[p]], which is neither stored nor rounded
+
+    delta      [P, N]                      difference of feature channel[p]
+    channel    [P] int64                   0 .. C - 1
+    weight     [K, C]                      of the linear layer, dtype of delta
+    log_probs  [N, K] float64 or float32   log-softmax of the base logits
+    target     [N] int64                   class of each sample
+    result     [P] float64
+
+    Exactness: float64 throughout, no cancellation for small changes and no overflow for large ones.
+    Cost: one product and one expm1 per perturbation, sample and class.
+    """
+    op = "channel_linear_cross_entropy"
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    check.of_shape(op, "delta", delta, (None, None), "[P, N]")
+    perturbations, samples = delta.shape
+    check.of_dtype(op, "channel", channel, (torch.int64,))
+    check.of_shape(op, "channel", channel, (perturbations,), "[P]")
+    check.of_dtype(op, "weight", weight, (delta.dtype,))
+    check.of_shape(op, "weight", weight, (None, None), "[K, C]")
+    classes = weight.shape[0]
+    check.of_dtype(op, "log_probs", log_probs, (torch.float64, torch.float32))
+    check.of_shape(op, "log_probs", log_probs, (samples, classes), "[N, K]")
+    if samples == 0 or classes == 0:
+        raise ValueError(f"dz::{op}: log_probs must have samples and classes, got {check.shape(log_probs)}")
+    check.of_dtype(op, "target", target, (torch.int64,))
+    check.of_shape(op, "target", target, (samples,), "[N]")
+    for name, tensor in (("channel", channel), ("weight", weight), ("log_probs", log_probs), ("target", target)):
+        check.same_device(op, name, tensor, "delta", delta)
+    check.in_range(op, "channel", channel, weight.shape[1], "columns of weight")
+    check.in_range(op, "target", target, classes, "classes")
+    return backends.run(op, delta, delta, channel, weight, log_probs.to(torch.float64), target)
 
 
 def cross_entropy_difference(log_probs: Tensor, target: Tensor, dlogits: Tensor) -> Tensor:

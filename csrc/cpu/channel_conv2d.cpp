@@ -16,11 +16,15 @@ struct Taps {
 
 // The first `count` < kLanes elements, in pieces of fixed size. By value: the address of the caller's copy is not
 // taken, which would move its accumulators out of registers.
-DZ_INLINE void store_first(float* to, Vec v, int64_t count) {
-  const float* from = reinterpret_cast<const float*>(&v);
+template <typename Out>
+DZ_INLINE void store_first(Out* to, Vec v, int64_t count) {
+  Out values[kLanes];
+  store_vec(values, v);
+  const Out* from = values;
+#pragma GCC unroll 4
   for (int64_t size = kLanes / 2; size > 0; size /= 2) {
     if ((count & size) != 0) {
-      __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(float));
+      __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(Out));
       to += size;
       from += size;
     }
@@ -29,8 +33,8 @@ DZ_INLINE void store_first(float* to, Vec v, int64_t count) {
 
 // out[q, 0 .. channels) = sum_t in[q * pixel_in + offset[t]] * packed[t, :] for PIXELS pixels and REGISTERS registers
 // of channels. The accumulators never leave registers; the sum runs over t in order, in every tile shape alike.
-template <int PIXELS, int REGISTERS>
-DZ_INLINE void tile(const Taps& taps, const float* in, const float* packed, float* out, int64_t channels) {
+template <int PIXELS, int REGISTERS, typename Out>
+DZ_INLINE void tile(const Taps& taps, const float* in, const float* packed, Out* out, int64_t channels) {
   Vec sum[PIXELS][REGISTERS];
 #pragma GCC unroll 8
   for (int q = 0; q < PIXELS; ++q) {
@@ -53,10 +57,10 @@ DZ_INLINE void tile(const Taps& taps, const float* in, const float* packed, floa
   for (int q = 0; q < PIXELS; ++q) {
 #pragma GCC unroll 2
     for (int r = 0; r < REGISTERS; ++r) {
-      float* to = out + q * taps.pixel_out + r * kLanes;
+      Out* to = out + q * taps.pixel_out + r * kLanes;
       const int64_t left = channels - r * kLanes;
       if (left >= kLanes) {
-        store(to, sum[q][r]);
+        store_vec(to, sum[q][r]);
       } else if (left > 0) {
         store_first(to, sum[q][r], left);
       }
@@ -65,8 +69,8 @@ DZ_INLINE void tile(const Taps& taps, const float* in, const float* packed, floa
 }
 
 // One output row of `width` pixels. The last tile overlaps the one before it and writes the same values again.
-template <int PIXELS, int REGISTERS>
-void row(const Taps& taps, const float* in, const float* packed, float* out, int64_t channels, int64_t width) {
+template <int PIXELS, int REGISTERS, typename Out>
+void row(const Taps& taps, const float* in, const float* packed, Out* out, int64_t channels, int64_t width) {
   if (width >= PIXELS) {
     for (int64_t v = 0; v < width; v += PIXELS) {
       const int64_t at = lesser(v, width - PIXELS);
@@ -77,13 +81,11 @@ void row(const Taps& taps, const float* in, const float* packed, float* out, int
   }
 }
 
-}  // namespace
-
-void DZ_KERNEL(channel_conv2d)(const float* delta, const int64_t* channel, const float* weight, float* out, int64_t P,
-                               int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t O, int64_t kh,
-                               int64_t kw, int64_t wo, int64_t wc, int64_t wh, int64_t ww, int64_t stride_h,
-                               int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
-                               int64_t in_per_group, int64_t out_per_group) {
+template <typename Out>
+void convolve(const float* delta, const int64_t* channel, const float* weight, Out* out, int64_t P, int64_t N,
+              int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t O, int64_t kh, int64_t kw, int64_t wo, int64_t wc,
+              int64_t wh, int64_t ww, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
+              int64_t dil_w, int64_t in_per_group, int64_t out_per_group) {
   const int64_t T = kh * kw;
   const int64_t Hp = H + 2 * pad_h, Wp = W + 2 * pad_w;
   const int64_t block = 2 * kLanes;                               // output channels of a full tile
@@ -131,8 +133,8 @@ void DZ_KERNEL(channel_conv2d)(const float* delta, const int64_t* channel, const
           }
           in = plane;
         }
-        float* to = out + (p * N + n) * Ho * Wo * O;
-        if (out_per_group < O) __builtin_memset(to, 0, static_cast<size_t>(Ho * Wo * O) * sizeof(float));
+        Out* to = out + (p * N + n) * Ho * Wo * O;
+        if (out_per_group < O) __builtin_memset(to, 0, static_cast<size_t>(Ho * Wo * O) * sizeof(Out));
         to += first;
         for (int64_t u = 0; u < Ho; ++u, to += Wo * O) {
           const float* from = in + u * stride_h * Wp;
@@ -146,6 +148,24 @@ void DZ_KERNEL(channel_conv2d)(const float* delta, const int64_t* channel, const
         }
       }
     }
+  }
+}
+
+}  // namespace
+
+void DZ_KERNEL(channel_conv2d)(const float* delta, const int64_t* channel, const float* weight, void* out, int64_t P,
+                               int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t O, int64_t kh,
+                               int64_t kw, int64_t wo, int64_t wc, int64_t wh, int64_t ww, int64_t stride_h,
+                               int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
+                               int64_t in_per_group, int64_t out_per_group, bool half) {
+  const auto run = [&](auto* to) {
+    convolve(delta, channel, weight, to, P, N, H, W, Ho, Wo, O, kh, kw, wo, wc, wh, ww, stride_h, stride_w, pad_h,
+             pad_w, dil_h, dil_w, in_per_group, out_per_group);
+  };
+  if (half) {
+    run(static_cast<Bf16*>(out));
+  } else {
+    run(static_cast<float*>(out));
   }
 }
 

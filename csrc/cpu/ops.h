@@ -20,11 +20,11 @@
   OP(channel_conv2d, (const float* delta,  /* [P, N, H, W]                                                         */  \
                       const int64_t* channel, /* [P] input channel                                                 */  \
                       const float* weight, /* [O, in_per_group, kh, kw] with strides wo, wc, wh, ww                */  \
-                      float* out,          /* [P, N, Ho, Wo, O]                                                    */  \
+                      void* out,           /* [P, N, Ho, Wo, O] float32, or bfloat16 with half                     */  \
                       int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t O,                   \
                       int64_t kh, int64_t kw, int64_t wo, int64_t wc, int64_t wh, int64_t ww,                          \
                       int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,                                \
-                      int64_t dil_h, int64_t dil_w, int64_t in_per_group, int64_t out_per_group))                      \
+                      int64_t dil_h, int64_t dil_w, int64_t in_per_group, int64_t out_per_group, bool half))           \
   OP(channel_batch_norm, (const float* delta, /* [P, N, H, W]                                                      */  \
                           const int64_t* channel, /* [P]                                                           */  \
                           const float* x,  /* [N, C, H, W] with strides xn, xc, xh, xw                             */  \
@@ -47,6 +47,13 @@
                         void* out,         /* [P, N, H / pool, W / pool, C] float32, or bfloat16 with out_half     */  \
                         double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t C, int64_t pool,               \
                         bool training, bool delta_half, bool residual_half, bool out_half))                            \
+  OP(channel_linear_cross_entropy, (const float* delta, /* [P, N]                                                  */  \
+                                    const int64_t* channel, /* [P] input feature                                   */  \
+                                    const float* weight, /* [K, C] with strides wk, wc                             */  \
+                                    const double* log_probs, const double* probs, /* [N, K] each                   */  \
+                                    const int64_t* target, /* [N]                                                  */  \
+                                    double* out,           /* [P]                                                  */  \
+                                    int64_t P, int64_t N, int64_t K, int64_t wk, int64_t wc))                          \
   OP(cross_entropy_difference, (const double* log_probs, const double* probs, /* [N, K] each                       */  \
                                 const int64_t* target, /* [N]                                                      */  \
                                 const float* dlogits,  /* [P, N, K]                                                */  \

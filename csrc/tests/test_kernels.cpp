@@ -59,6 +59,19 @@ Floats normals(int64_t size, float scale) {
 
 Floats poisoned(int64_t size) { return Floats(static_cast<size_t>(size), NAN); }
 
+uint16_t to_half(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float from_half(uint16_t v) {
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 struct Geometry {
   int64_t P, N, H, W, O, C, groups, kh, kw, sh, sw, ph, pw, dh, dw, Ho, Wo;
 };
@@ -145,8 +158,16 @@ void test_channel_conv2d(const Geometry& g, bool channels_last) {
   const int64_t size = static_cast<int64_t>(wanted.size());
   Floats out = poisoned(size);
   dz::kernels().channel_conv2d(delta.data(), channel.data(), weight.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo,
-                               g.O, g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og);
+                               g.O, g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, false);
   compare("channel_conv2d " + dz::isa(), out, wanted, 0);
+  std::vector<uint16_t> half(wanted.size());
+  dz::kernels().channel_conv2d(delta.data(), channel.data(), weight.data(), half.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo,
+                               g.O, g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, true);
+  Floats rounded;
+  for (const float v : wanted) rounded.push_back(from_half(to_half(v)));
+  out.clear();
+  for (const uint16_t v : half) out.push_back(from_half(v));
+  compare("channel_conv2d, bfloat16, " + dz::isa(), out, rounded, 0);
   for (const bool staged : {false, true}) {
     out = poisoned(size);
     launch_on_host(dz::channel_conv2d_kernel, static_cast<unsigned>(g.P * g.N), 3,
@@ -239,19 +260,6 @@ void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t
                  channel.data(), x.data(), mean.data(), var.data(), gamma.data(), base_output, out.data(), eps, N, H, W,
                  s.n, s.c, s.h, s.w, s.n, s.c, s.h, s.w);
   compare("channel_batch_norm cuda on host", out, wanted, 4e-6);
-}
-
-uint16_t to_half(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof(bits));
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float from_half(uint16_t v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
 }
 
 // `kind` of residual: 0 none, 1 dense, 2 dense bfloat16, 3 one channel.
@@ -358,6 +366,20 @@ void test_cross_entropy_difference(int64_t P, int64_t N, int64_t K, float scale)
   dz::kernels().cross_entropy_difference(log_probs.data(), probs.data(), target.data(), dlogits.data(), out.data(), P,
                                          N, K);
   compare("cross_entropy_difference " + dz::isa(), out, wanted, 1e-13);
+  // The same logits from one feature per perturbation: dlogits[p, n, k] = delta[p, n] weight[k, channel[p]].
+  const Floats delta = normals(P * N, scale), weight = normals(K * 2, 1);
+  Floats products;
+  Indices channel;
+  for (int64_t p = 0; p < P; ++p) {
+    channel.push_back(draw(0, 1));
+    for (int64_t i = 0; i < N * K; ++i) products.push_back(delta[p * N + i / K] * weight[i % K * 2 + channel[p]]);
+  }
+  Doubles stored(static_cast<size_t>(P), NAN), direct(static_cast<size_t>(P), NAN);
+  dz::kernels().cross_entropy_difference(log_probs.data(), probs.data(), target.data(), products.data(), stored.data(),
+                                         P, N, K);
+  dz::kernels().channel_linear_cross_entropy(delta.data(), channel.data(), weight.data(), log_probs.data(),
+                                             probs.data(), target.data(), direct.data(), P, N, K, 2, 1);
+  compare("channel_linear_cross_entropy " + dz::isa(), direct, stored, 1e-5);
   out = Doubles(static_cast<size_t>(P), NAN);
   launch_on_host(dz::cross_entropy_difference_kernel, static_cast<unsigned>(P), 1, sizeof(double), log_probs.data(),
                  probs.data(), target.data(), dlogits.data(), out.data(), N, K);

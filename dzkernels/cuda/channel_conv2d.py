@@ -10,8 +10,9 @@ Size = tuple[int, int]
 
 
 def channel_conv2d(
-    delta: Tensor, channel: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int
-) -> Tensor:
+    delta: Tensor, channel: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     perturbations, samples, height, width = delta.shape
     channels, per_group, kernel_h, kernel_w = weight.shape
     rows, columns = output_size("channel_conv2d", height, width, (kernel_h, kernel_w), stride, padding, dilation)
@@ -22,4 +23,4 @@ def channel_conv2d(
         perturbations, samples, height, width, rows, columns, channels, kernel_h, kernel_w, *weight.stride(),
         *stride, *padding, *dilation, per_group, channels // groups,
     )  # fmt: skip
-    return out.permute(0, 1, 4, 2, 3)
+    return out.to(out_dtype).permute(0, 1, 4, 2, 3)

@@ -8,8 +8,9 @@ Size = tuple[int, int]
 
 
 def channel_conv2d(
-    delta: Tensor, channel: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int
-) -> Tensor:
+    delta: Tensor, channel: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     perturbations, samples = delta.shape[:2]
     rows, width = weight.shape[0], weight.shape[1]
     group = channel // width
@@ -22,7 +23,7 @@ def channel_conv2d(
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, k, s, p, d in zip(delta.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         ]
-        return delta.new_empty(perturbations, samples, *size, rows).permute(0, 1, 4, 2, 3)
+        return delta.new_empty(perturbations, samples, *size, rows, dtype=out_dtype).permute(0, 1, 4, 2, 3)
     out = F.conv2d(
         delta.transpose(0, 1), own.flatten(0, 1).unsqueeze(1), None, stride, padding, dilation, perturbations
     )
@@ -33,4 +34,4 @@ def channel_conv2d(
         dense = out.new_zeros(*out.shape[:-1], groups, rows // groups)
         dense[torch.arange(perturbations), :, :, :, group] = out
         out = dense.flatten(-2)
-    return out.contiguous().permute(0, 1, 4, 2, 3)
+    return out.to(out_dtype).contiguous().permute(0, 1, 4, 2, 3)

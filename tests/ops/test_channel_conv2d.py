@@ -97,6 +97,20 @@ def test_any_geometry(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3, 16, 18, 33, 64])
+def test_another_dtype_is_one_more_rounding(runner: str, dtype: torch.dtype, rows: int) -> None:
+    delta, channel, weight = normal(4, 3, 5, 7, seed=1), integers([4], 3, seed=2), normal(rows, 3, 3, 3, seed=3)
+    with running(runner):
+        wanted = dzkernels.channel_conv2d(delta, channel, weight, padding=1)
+        got = dzkernels.channel_conv2d(delta, channel, weight, padding=1, out_dtype=dtype)
+        none = dzkernels.channel_conv2d(delta[:0], channel[:0], weight, padding=1, out_dtype=dtype)
+    assert got.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert_exact(got, wanted.to(dtype))
+    assert none.dtype == dtype
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
 def test_no_and_one_perturbation(runner: str) -> None:
     weight = small_ints(6, 2, 3, 3, seed=0)
     with running(runner):
@@ -152,6 +166,7 @@ GOOD: dict[str, Any] = {
         ({"stride": (1, 0)}, ValueError, r"stride must be one or two integers of at least 1, got \(1, 0\)"),
         ({"padding": -1}, ValueError, r"padding must be one or two integers of at least 0, got -1"),
         ({"dilation": 0}, ValueError, r"dilation must be one or two integers of at least 1, got 0"),
+        ({"out_dtype": torch.int8}, TypeError, r"out_dtype must be a floating-point dtype, got torch.int8"),
         ({"groups": 4}, ValueError, r"groups must divide the 6 rows of weight, got 4"),
         ({"dilation": 3}, ValueError, r"kernel must be at most the padded input \[5, 5\], got \[3, 3\] with dilation"),
     ],

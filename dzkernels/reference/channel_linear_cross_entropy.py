@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from .cross_entropy_difference import cross_entropy_difference
+
+
+def channel_linear_cross_entropy(
+    delta: Tensor, channel: Tensor, weight: Tensor, log_probs: Tensor, target: Tensor
+) -> Tensor:
+    rows = weight.double().t()[channel]  # [P, K]
+    return cross_entropy_difference(log_probs, target, delta.double().unsqueeze(2) * rows.unsqueeze(1))
