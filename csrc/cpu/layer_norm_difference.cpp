@@ -85,12 +85,13 @@ void DZ_KERNEL(layer_norm_difference)(const float* delta, const float* zc, const
   if (M == 0) return;
   const double size = static_cast<double>(M);
   const int64_t rows = greater(1, lesser(R, kTile / M)), tiles = ceil_div(R, rows);
+  const int64_t together = greater(1, lesser(kTogether, kTile / 4 / M));  // they stay in L1
 #pragma omp parallel for schedule(static)
   for (int64_t piece = 0; piece < tiles * P; ++piece) {
     const int64_t start = piece / P * rows, p = piece % P;
     const int64_t stop = lesser(R, start + rows);
-    for (int64_t r = start; r < stop; r += kTogether) {
-      const int64_t count = lesser(kTogether, stop - r);
+    for (int64_t r = start; r < stop; r += together) {
+      const int64_t count = lesser(together, stop - r);
       const float *d = delta + (p * R + r) * M, *z = zc + r * M;
       float* to = out + (p * R + r) * M;
       float shift[kTogether] = {}, rest[kTogether], a[kTogether], b[kTogether];

@@ -92,12 +92,13 @@ void DZ_KERNEL(softmax_difference)(const float* delta, const float* p, float* ou
                                    bool log) {
   if (K == 0) return;
   const int64_t rows = greater(1, lesser(R, kTile / K)), tiles = ceil_div(R, rows);
+  const int64_t together = greater(1, lesser(kTogether, kTile / 4 / K));  // they stay in L1
 #pragma omp parallel for schedule(static)
   for (int64_t piece = 0; piece < tiles * P; ++piece) {
     const int64_t start = piece / P * rows, at = piece % P;
     const int64_t stop = lesser(R, start + rows);
-    for (int64_t r = start; r < stop; r += kTogether) {
-      const int64_t count = lesser(kTogether, stop - r);
+    for (int64_t r = start; r < stop; r += together) {
+      const int64_t count = lesser(together, stop - r);
       const float *d = delta + (at * R + r) * K, *prob = p + r * K;
       float* to = out + (at * R + r) * K;
       double moved[kTogether];
