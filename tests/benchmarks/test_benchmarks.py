@@ -82,8 +82,7 @@ def _needs(kind: type[peers.Contender]) -> None:
         pytest.importorskip("torchzero")
 
 
-@pytest.mark.parametrize("work", SMALL)
-@pytest.mark.parametrize("layout", ["default", "tuned"])
+@pytest.mark.parametrize(("work", "layout"), [("cnn", "default"), ("cnn", "tuned"), ("sparse", "default")])
 @pytest.mark.parametrize("key", peers.CONTENDERS, ids="-".join)
 def test_a_contender_agrees_with_float64(
     key: tuple[str, str, str], layout: str, work: str, monkeypatch: pytest.MonkeyPatch
@@ -193,4 +192,6 @@ def test_double_is_the_same_case() -> None:
     small = build(SMALL["cnn"])
     twice = small.double()
     assert next(twice.model.parameters()).dtype is torch.float64
-    assert float(objective(twice.model, twice.batch)) == pytest.approx(float(objective(small.model, small.batch)), 1e-5)
+    with torch.no_grad():
+        losses = [float(objective(case.model, case.batch)) for case in (small, twice)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
