@@ -1,10 +1,11 @@
-#include "common.h"
+#include "elementary.h"
 
 namespace dz {
 namespace {
 
-// Pixels of a tile: with two registers of channels each, the sums fill half of the 32 (AVX-512) or 16 registers.
+// Pixels of a tile with one or two registers of channels each: the sums fill half of the 32 (AVX-512) or 16 registers.
 constexpr int kPixels = kLanes == 16 ? 8 : 4;
+constexpr int pixels(int registers) { return 2 * kPixels / registers; }
 
 // What a tile needs to know: where its taps are and where its pixels go.
 struct Taps {
@@ -14,17 +15,16 @@ struct Taps {
   int64_t pixel_out;      // and in the output
 };
 
-// The first `count` < kLanes elements, in pieces of fixed size. By value: the address of the caller's copy is not
-// taken, which would move its accumulators out of registers.
-template <typename Out>
-DZ_INLINE void store_first(Out* to, Vec v, int64_t count) {
-  Out values[kLanes];
+DZ_INLINE void store_first(float* to, Vec v, int64_t count) { store_some(to, v, count); }
+
+DZ_INLINE void store_first(Bf16* to, Vec v, int64_t count) {
+  Bf16 values[kLanes];
   store_vec(values, v);
-  const Out* from = values;
+  const Bf16* from = values;
 #pragma GCC unroll 4
-  for (int64_t size = kLanes / 2; size > 0; size /= 2) {
+  for (int64_t size = kLanes / 2; size > 0; size /= 2) {  // in pieces of fixed size
     if ((count & size) != 0) {
-      __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(Out));
+      __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(Bf16));
       to += size;
       from += size;
     }
@@ -36,7 +36,7 @@ DZ_INLINE void store_first(Out* to, Vec v, int64_t count) {
 template <int PIXELS, int REGISTERS, typename Out>
 DZ_INLINE void tile(const Taps& taps, const float* in, const float* packed, Out* out, int64_t channels) {
   Vec sum[PIXELS][REGISTERS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int q = 0; q < PIXELS; ++q) {
 #pragma GCC unroll 2
     for (int r = 0; r < REGISTERS; ++r) sum[q][r] = Vec{};
@@ -46,14 +46,14 @@ DZ_INLINE void tile(const Taps& taps, const float* in, const float* packed, Out*
     Vec w[REGISTERS];
 #pragma GCC unroll 2
     for (int r = 0; r < REGISTERS; ++r) w[r] = load<Vec>(packed + (t * REGISTERS + r) * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int q = 0; q < PIXELS; ++q) {
       const Vec d = from[q * taps.pixel_in] - Vec{};
 #pragma GCC unroll 2
       for (int r = 0; r < REGISTERS; ++r) sum[q][r] += d * w[r];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int q = 0; q < PIXELS; ++q) {
 #pragma GCC unroll 2
     for (int r = 0; r < REGISTERS; ++r) {
@@ -140,9 +140,9 @@ void convolve(const float* delta, const int64_t* channel, const float* weight, O
           const float* from = in + u * stride_h * Wp;
           for (int64_t b = 0; b < wide; b += block) {
             if (wide - b >= block) {
-              row<kPixels, 2>(taps, from, packed + b * T, to + b, out_per_group - b, Wo);
+              row<pixels(2), 2>(taps, from, packed + b * T, to + b, out_per_group - b, Wo);
             } else {
-              row<kPixels, 1>(taps, from, packed + b * T, to + b, out_per_group - b, Wo);
+              row<pixels(1), 1>(taps, from, packed + b * T, to + b, out_per_group - b, Wo);
             }
           }
         }

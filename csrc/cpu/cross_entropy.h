@@ -12,9 +12,9 @@
 namespace dz {
 namespace {
 
-constexpr double kLargest = 700.0;     // exp of more would be close to infinity
-constexpr double kSmall = 0.0625;      // up to here short series do
-constexpr int64_t kSide = kLanes / 2;  // samples side by side: float64 lanes of a register
+constexpr double kLargest = 700.0;                    // exp of more would be close to infinity
+constexpr double kSmall = 0.0625, kTiny = 0.0078125;  // up to here short series do
+constexpr int64_t kSide = kLanes / 2;                 // samples side by side: float64 lanes of a register
 
 typedef double Side __attribute__((vector_size(kSide * sizeof(double))));
 typedef float FloatSide __attribute__((vector_size(kSide * sizeof(float))));
@@ -79,17 +79,34 @@ DZ_INLINE Side expm1_any(Side x) {
   return small * scale + (scale - 1.0);
 }
 
-// exp(x) - 1 for |x| <= kSmall: the first term left out is below 5e-18 of the sum.
+// exp(x) - 1 for |x| <= kSmall, or kTiny: the first term left out is below 5e-18, or 5e-17, of the sum.
+template <bool TINY>
 DZ_INLINE Side expm1_small(Side x) {
-  Side q = Side{} + 1.0 / 362880.0;
-  q = q * x + 1.0 / 40320.0;
-  q = q * x + 1.0 / 5040.0;
-  q = q * x + 1.0 / 720.0;
+  Side q = Side{} + 1.0 / 720.0;
+  if constexpr (!TINY) {
+    q = Side{} + 1.0 / 362880.0;
+    q = q * x + 1.0 / 40320.0;
+    q = q * x + 1.0 / 5040.0;
+    q = q * x + 1.0 / 720.0;
+  }
   q = q * x + 1.0 / 120.0;
   q = q * x + 1.0 / 24.0;
   q = q * x + 1.0 / 6.0;
   q = q * x + 0.5;
   return x + x * x * q;
+}
+
+// sum_k p_k expm1(e_k) of samples side by side
+template <bool TINY>
+DZ_INLINE Side moved_small(const double* p, const double* e, int64_t K) {
+  Side even = {}, odd = {};
+  int64_t k = 0;
+  for (; k + 2 <= K; k += 2, p += 2 * kSide, e += 2 * kSide) {
+    even += load<Side>(p) * expm1_small<TINY>(load<Side>(e));
+    odd += load<Side>(p + kSide) * expm1_small<TINY>(load<Side>(e + kSide));
+  }
+  if (k < K) even += load<Side>(p) * expm1_small<TINY>(load<Side>(e));
+  return even + odd;
 }
 
 // log(1 + x) = 2 artanh(x / (2 + x)) for |x| <= 0.07: the first term left out is below 1e-18 of the sum.
@@ -147,14 +164,7 @@ void mean_change(const double* log_probs, const double* probs, double* out, int6
         const bool small = all_at_most(widest, kSmall);
         Side moved = {};
         if (small) {
-          Side other = {};
-          int64_t k = 0;
-          for (; k + 2 <= K; k += 2) {
-            moved += load<Side>(prob + k * kSide) * expm1_small(load<Side>(e + k * kSide));
-            other += load<Side>(prob + (k + 1) * kSide) * expm1_small(load<Side>(e + (k + 1) * kSide));
-          }
-          if (k < K) moved += load<Side>(prob + k * kSide) * expm1_small(load<Side>(e + k * kSide));
-          moved += other;
+          moved = all_at_most(widest, kTiny) ? moved_small<true>(prob, e, K) : moved_small<false>(prob, e, K);
         } else {
           for (int64_t k = 0; k < K; ++k) moved += load<Side>(prob + k * kSide) * expm1_any(load<Side>(e + k * kSide));
         }
