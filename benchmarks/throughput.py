@@ -30,7 +30,7 @@ from torch import Tensor
 import dzkernels
 
 from . import floors, machine, peers
-from .cases import WORKS, Work, build, sample
+from .cases import DIRECTIONS, WORKS, Work, build, sample
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("work", "estimator", "contender", "setting", "dtype", "isa", "threads")
@@ -177,14 +177,14 @@ def race(name: str, options: argparse.Namespace) -> list[dict[str, str]]:
             raise RuntimeError(f"{name}: the float64 reference {reference.trouble}")
         reference.pipe.close()
         for key, kind in peers.CONTENDERS.items():
-            if options.only and not any(part in key[1] for part in options.only):
+            if key[0] not in options.estimator or (options.only and not any(part in key[1] for part in options.only)):
                 continue
             for setting in SETTINGS[: 1 if kind.context else 2]:
                 racer = Racer(key, setting, launch(key, setting))
                 racers.append(racer)
                 racer.first = racer.hear() or 0.0
                 quotients = None if racer.trouble else racer.ask("quotients")
-                if not racer.trouble:
+                if quotients is not None:
                     racer.error, racer.cosine = peers.agreement(quotients, wanted[key[0]])
                     racer.ask("settle")
                 print(f"  {name} {' '.join(key)} {setting}: {racer.trouble or f'error {racer.error:.2g}'}", flush=True)
@@ -230,7 +230,7 @@ def _rows(
                 "setting": racer.setting,
                 "dtype": dtype,
                 "verdict": verdict,
-                "mask_queries": str(case.count if estimator == "CGE" else peers.DIRECTIONS),
+                "mask_queries": str(case.count if estimator == "CGE" else DIRECTIONS),
                 "queries": str(queries),
                 "how": how,
                 "rounds": str(len(racer.times)),
@@ -311,6 +311,7 @@ def main() -> None:
     arguments = parser("Race every contender on every work and record the rows.")
     arguments.add_argument("--work", default=",".join(WORKS), help=f"which of {', '.join(WORKS)}, by commas")
     arguments.add_argument("--only", default="", help="contenders whose name contains one of these, by commas")
+    arguments.add_argument("--estimator", default="CGE,RGE", help="which of CGE, RGE, by commas")
     arguments.add_argument("--seconds", type=float, default=10.0, help="measure each contender at least so long (10)")
     arguments.add_argument("--rounds", type=int, default=5, help="rounds of each contender at least (5)")
     options = arguments.parse_args()
