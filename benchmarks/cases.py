@@ -40,9 +40,7 @@ def resnet_blocks(model: nn.Module) -> list[Stage]:
     net = cast("ResNet", model)
     stages = [Stage(("conv1.",), net.conv1), Stage(("bn1.",), lambda x: F.relu(net.bn1(x)))]
     for k, layer in enumerate((net.layer1, net.layer2, net.layer3), 1):
-        stages += [
-            Stage((f"layer{k}.{name}.",), block) for name, block in cast("nn.Sequential", layer).named_children()
-        ]
+        stages += [Stage((f"layer{k}.{name}.",), block) for name, block in layer.named_children()]
     return [*stages, Stage(("linear.",), lambda x: net.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)))]
 
 
