@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
-import deepzero as dz
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deepzero as dz
 from deepzero.models.resnet import ResNet
 from deepzero.models.vit import ViT
 from deepzero.sparsity import LayerRatios, LayerwiseRandom, UniformRandom
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 MU = 5e-3
 DIRECTIONS = 64

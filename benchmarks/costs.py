@@ -20,11 +20,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import deepzero as dz
 import torch
-from deepzero.baselines import PlainLoop
 from torch import nn
 from torch.nn import functional as F
+
+import deepzero as dz
+from deepzero.baselines import PlainLoop
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "benchmarks" / "results" / "costs.csv"

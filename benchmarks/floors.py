@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepzero import CGE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import dzkernels
+from deepzero import CGE
 
 from .cases import MU, Case, Work, build, objective
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepzero as dz
 import torch
 
+import deepzero as dz
 import dzkernels
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,10 +19,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import deepzero as dz
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import deepzero as dz
 
 ROOT = Path(__file__).resolve().parent.parent
 MUS = (1e-1, 3e-2, 1e-2, 5e-3, 1e-3, 1e-4, 1e-5, 5e-6, 1e-6, 5e-7, 1e-7, 1e-8)

@@ -15,10 +15,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from deepzero import CGE, RGE
-from deepzero.estimators.rge import DISTRIBUTIONS
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
+
+from deepzero import CGE, RGE
+from deepzero.estimators.rge import DISTRIBUTIONS
 
 from .cases import DIRECTIONS, MU, Case, Group, every, mask_of, objective
 

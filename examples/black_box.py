@@ -9,10 +9,11 @@ the identity, learns from its answers alone.
 
 import os
 
-import deepzero as dz
 import torch
 from sklearn.ensemble import RandomForestClassifier
 from torch import Tensor, nn
+
+import deepzero as dz
 
 SMALL = os.environ.get("DEEPZERO_EXAMPLE_SMALL") == "1"
 EPOCHS = 4 if SMALL else 12

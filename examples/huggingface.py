@@ -8,8 +8,9 @@ loss fits the same objective: ``lambda model, batch: model(**batch).loss``.
 
 import os
 
-import deepzero as dz
 import torch
+
+import deepzero as dz
 
 try:
     from transformers import ViTConfig, ViTForImageClassification

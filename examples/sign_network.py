@@ -8,11 +8,12 @@ with a large step can: moving one weight by mu flips some signs of the batch, an
 
 import os
 
-import deepzero as dz
 import torch
-from deepzero.baselines import Backprop
 from torch import nn
 from torch.nn import functional as F
+
+import deepzero as dz
+from deepzero.baselines import Backprop
 
 SMALL = os.environ.get("DEEPZERO_EXAMPLE_SMALL") == "1"
 EPOCHS = 3 if SMALL else 20

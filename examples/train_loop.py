@@ -9,9 +9,10 @@ Each step estimates a fresh random tenth of the coordinates; the others get a gr
 import os
 import time
 
-import deepzero as dz
 import torch
 from torch.nn import functional as F
+
+import deepzero as dz
 
 SMALL = os.environ.get("DEEPZERO_EXAMPLE_SMALL") == "1"
 EPOCHS = 4 if SMALL else 30

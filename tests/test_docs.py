@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import deepzero
 import pytest
+
+import deepzero
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))

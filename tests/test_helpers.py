@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from helpers import UNIT, assert_bounded, assert_exact, integers, normal, small_ints, strided
 
 NAN, INF = float("nan"), float("inf")

@@ -1,8 +1,8 @@
 """Model + objective -> a graph of Core ATen ops whose inputs are the parameters, the buffers and the batch.
 
 The capture is ``torch.export`` in the modes the modules are in, decomposed to Core ATen. Dropout stays one op (its
-mask is drawn by the base pass), linear layers and cross-entropy stay one op each (their rules are better than those of their parts), attention and
-recurrent layers appear in their plain forms.
+mask is drawn by the base pass), linear layers and cross-entropy stay one op each (their rules are better than those
+of their parts), attention and recurrent layers appear in their plain forms.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ class Engine:
             if len(self._routes) > 10_000:
                 self._routes.clear()
             parameter = self.model.get_parameter(name)
-            self._routes[key] = route(graph, name, parameter, self.block, None)
+            self._routes[key] = route(graph, name, parameter, self.block, self.operands.itemsize)
         return self._routes[key]
 
     def joint_steps(self, graph: Graph, names: Sequence[str]) -> tuple[Step, ...]:

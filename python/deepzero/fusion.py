@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import dzkernels
 import torch
 from torch import Tensor, fx
 
+import dzkernels
+
 from .base import Layouts
-from .carriers import Carrier, Dense, OneChannel, Zero
+from .carriers import Carrier, Dense, OneChannel, OneEntry, Zero, select
+from .rules.loss import plain_labels
 from .rules.norm import centred
 
 if TYPE_CHECKING:
@@ -144,38 +146,51 @@ def _square_pool(node: Any) -> int:
 
 def _run_norm(run: Block, parts: _Norm) -> Carrier | None:
     x, gamma, beta = parts.norm.args[:3]
-    d = run.raw(x)
-    moving = run.raw(parts.residual)
-    if run.dtype is not torch.float32 or run.d(gamma) is not Zero or run.d(beta) is not Zero or d is Zero:
+    training, eps, mean, var = _statistics(parts.norm)
+    if run.dtype is not torch.float32 or run.raw(mean) is not Zero or run.raw(var) is not Zero:
         return None
-    training, eps, mean, var = _statistics(run, parts.norm)
-    if run.d(mean) is not Zero or run.d(var) is not Zero:
-        return None
-    relu = parts.relu is not None
+    d, extra = run.raw(x), run.raw(parts.residual)
+    affine = [c for c in (run.raw(gamma), run.raw(beta)) if c is not Zero]
     zc, v, y, gap = run.saved(parts.norm, "fused", lambda: _saves(run, parts, training, mean, var))
-    weight = None if gamma is None else run.saved(parts.norm, "gamma", lambda: run.exact(gamma).double())
-    if isinstance(d, Dense):
-        extra = run.raw(parts.residual)
-        channel = extra.channel if isinstance(extra, OneChannel) else None
+    after: dict[str, Any] = {"relu": parts.relu is not None, "pool": parts.pool}
+    if isinstance(d, Dense) and not affine:
         if isinstance(extra, OneChannel) and extra.dim != 1:
             return None
-        values = None if extra is Zero else extra.values
+        weight = None if gamma is None else run.exact(gamma)
         out = dzkernels.dense_batch_norm(
-            d.values, zc.images, v, weight, eps=eps, training=training, residual=values, residual_channel=channel,
-            y=y.images if relu else None, relu=relu, pool=parts.pool, gap=gap.images if parts.pool > 1 else None,
-            out_dtype=run.operands,
+            d.values, zc.images, v, weight, eps=eps, training=training, out_dtype=run.operands,
+            residual=None if extra is Zero else extra.values,
+            residual_channel=extra.channel if isinstance(extra, OneChannel) else None,
+            y=y.images if y is not None else None, gap=gap.images if gap is not None else None, **after,
         )  # fmt: skip
         return Dense(out)
-    if isinstance(d, OneChannel) and d.dim == 1 and moving is Zero:
+    if extra is not Zero:
+        return None
+    after |= {"y": y.planes if y is not None else None, "gap": gap.planes if gap is not None else None}
+    nothing = torch.zeros_like(v)
+    if isinstance(d, OneChannel) and d.dim == 1 and not affine:
+        channel, weight = d.channel, None if gamma is None else run.exact(gamma)
         out = dzkernels.channel_batch_norm(
-            d.values, d.channel, zc.planes, torch.zeros_like(v), v, weight, eps=eps, training=training,
-            y=y.planes if relu else None, relu=relu, pool=parts.pool, gap=gap.planes if parts.pool > 1 else None,
-        )  # fmt: skip
-        return OneChannel(tuple(run.exact(parts.out).shape), 1, d.channel, out)
-    return None
+            d.values, channel, zc.planes, nothing, v, weight, eps=eps, training=training, **after
+        )
+    elif d is Zero and len(affine) == 1 and isinstance(entry := affine[0], OneEntry):
+        # a coordinate of the affine part moves the norm's output by step, or step times the normalised input
+        channel, n = entry.index[:, 0], len(entry.step)
+        step = entry.step.reshape(n, 1, 1, 1)
+        if run.raw(gamma) is Zero:
+            moved = step.expand(n, *[k for i, k in enumerate(run.exact(x).shape) if i != 1])
+        else:
+            scale = (1 / (v + eps).sqrt())[channel].to(run.dtype).reshape(n, 1, 1, 1)
+            moved = select(zc.planes, 1, channel) * (step * scale)
+        out = dzkernels.channel_batch_norm(
+            moved, channel, zc.planes, nothing, nothing + 1, eps=0.0, training=False, **after
+        )
+    else:
+        return None
+    return OneChannel(tuple(run.exact(parts.out).shape), 1, channel, out)
 
 
-def _statistics(run: Block, norm: fx.Node) -> tuple[bool, float, Any, Any]:
+def _statistics(norm: fx.Node) -> tuple[bool, float, Any, Any]:
     """(training, eps, running mean, running variance) of a batch-norm node."""
     rest = norm.args[3:]
     if norm.target in _RUNNING:
@@ -183,7 +198,10 @@ def _statistics(run: Block, norm: fx.Node) -> tuple[bool, float, Any, Any]:
     return bool(rest[2]), float(rest[4]), rest[0], rest[1]  # type: ignore[arg-type]
 
 
-def _saves(run: Block, parts: _Norm, training: bool, mean: Any, var: Any) -> tuple[Layouts, Tensor, Any, Any]:
+def _saves(
+    run: Block, parts: _Norm, training: bool, mean: Any, var: Any
+) -> tuple[Layouts, Tensor, Layouts | None, Layouts | None]:
+    """Centred input and variance of the norm, value before the ReLU, and distance from the winner of each window."""
     z = run.exact(parts.norm.args[0])
     if training:
         zc, v = centred(z, [0, 2, 3])
@@ -195,13 +213,44 @@ def _saves(run: Block, parts: _Norm, training: bool, mean: Any, var: Any) -> tup
     gap = None
     if parts.pool > 1:
         a, k = y.clamp(min=0), parts.pool
-        best = torch.nn.functional.max_pool2d(a, k)
-        wide = best.repeat_interleave(k, 2).repeat_interleave(k, 3)
+        wide = torch.nn.functional.max_pool2d(a, k).repeat_interleave(k, 2).repeat_interleave(k, 3)
+        inside = (..., slice(wide.shape[2]), slice(wide.shape[3]))
         gap = torch.zeros_like(a)
-        gap[..., : wide.shape[2], : wide.shape[3]] = a[..., : wide.shape[2], : wide.shape[3]] - wide
-    layouts = [None if t is None else Layouts(t, run.dtype) for t in (zc, y, gap)]
-    return layouts[0], v, layouts[1], layouts[2]  # type: ignore[return-value]
+        gap[inside] = a[inside] - wide
+    relu = parts.relu is not None
+    return (
+        Layouts(zc, run.dtype),
+        v,
+        Layouts(y, run.dtype) if relu else None,
+        Layouts(gap, run.dtype) if gap is not None else None,
+    )
 
 
-PATTERNS: list[Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]] = [_norm_stretch]
+# --- linear + cross-entropy of labels, for a difference in one feature
+
+
+def _head_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
+    if node.target is not aten.linear.default or node.meta["val"].dim() != 2:
+        return None
+    loss = _only_user(node, inside)
+    if loss is None or loss.target is not aten.cross_entropy_loss.default or loss.args[0] is not node:
+        return None
+    return (node, loss), "linear+cross_entropy", lambda run: _run_head(run, node, loss)
+
+
+def _run_head(run: Block, layer: fx.Node, loss: fx.Node) -> Carrier | None:
+    d = run.raw(layer.args[0])
+    still = all(run.raw(n) is Zero for n in [*layer.args[1:], *loss.args[1:]])
+    if not (isinstance(d, OneChannel) and d.dim == 1 and still and run.dtype is torch.float32):
+        return None
+    (label, scale), log_p = plain_labels(run, loss)
+    if label is None or scale is not None:
+        return None
+    return Dense(dzkernels.channel_linear_cross_entropy(d.values, d.channel, run.low(layer.args[1]), log_p, label))
+
+
+PATTERNS: list[Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]] = [
+    _norm_stretch,
+    _head_stretch,
+]
 """Tried in order at every node of a suffix."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from .capture import Graph
 from .fusion import Step, schedule
 from .run import has_rule
 
-MEMORY = {"cpu": 48 << 20, "cuda": 2 << 30}
+aten = torch.ops.aten
+
+MEMORY = {"cpu": 16 << 20, "cuda": 2 << 30}
 """Bytes that the differences of one block may take, by device: on a CPU they should stay near the caches."""
 
 MOST = 4096
@@ -57,28 +60,64 @@ def reach(graph: Graph, parameters: Sequence[str]) -> tuple[fx.Node, ...]:
 def _size(node: fx.Node) -> int:
     value = node.meta.get("val")
     values = value if isinstance(value, tuple | list) else [value]
-    return sum(v.numel() for v in values[:1] if isinstance(v, Tensor)) * 4
+    return sum(v.numel() for v in values[:1] if isinstance(v, Tensor))
 
 
-def peak_bytes(suffix: Sequence[fx.Node]) -> int:
-    """Bytes of dense float32 differences alive at once for one perturbation, with one temporary of each result."""
-    last = {source: i for i, node in enumerate(suffix) for source in node.all_input_nodes}
-    alive, peak = 0, 0
-    held = set(suffix)
-    for i, node in enumerate(suffix):
-        alive += _size(node)
-        peak = max(peak, alive + 2 * _size(node))
-        alive -= sum(_size(s) for s in set(node.all_input_nodes) if s in held and last[s] == i)
-    return max(peak, 4)
+_WEIGHTED = (aten.convolution.default, aten.linear.default)
+_MIXING = (
+    *_WEIGHTED,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.native_layer_norm.default,
+    aten.native_group_norm.default,
+    aten._softmax.default,
+    aten._log_softmax.default,
+)
 
 
-def route(graph: Graph, name: str, parameter: Tensor, block: int | None, memory: int | None) -> Route:
-    """The route of one parameter; ``block`` and ``memory`` (bytes) override the defaults."""
+def _share(node: fx.Node, shares: dict[fx.Node, float], entries: frozenset[fx.Node]) -> float:
+    """The part of a node's value that moves when one entry of a parameter does: a channel, until channels mix."""
+    moved = [n for n in node.all_input_nodes if n in shares]
+    still_input = node.args[0] not in shares
+    if node.target in _WEIGHTED and still_input and all(n in entries for n in moved):
+        shape = node.meta["val"].shape
+        return 1.0 / int(shape[1 if node.target is aten.convolution.default else -1])
+    if node.target in _MIXING and not still_input:
+        return 1.0
+    return max(1.0 / max([*n.meta["val"].shape, 1]) if n in entries else shares[n] for n in moved)
+
+
+def peak_bytes(steps: Sequence[Step], starts: Sequence[fx.Node], *, dense: bool, width: int = 4) -> int:
+    """Bytes of differences alive at once for one perturbation, about: results of steps, and a temporary of each.
+
+    starts  placeholders at which it starts, as one entry each, or ``dense`` as a whole tensor
+    width   bytes of one value
+    """
+    entries = frozenset() if dense else frozenset(starts)
+    shares = dict.fromkeys(starts, 1.0 if dense else 0.0)
+    held: dict[fx.Node, float] = {}
+    alive, peak = 0.0, 0.0
+    for step in steps:
+        for node in step.nodes:
+            if any(n in shares for n in node.all_input_nodes):
+                shares[node] = _share(node, shares, entries)
+        out = step.nodes[-1]
+        held[out] = width * _size(out) * shares.get(out, 0.0)
+        alive += held[out]
+        peak = max(peak, alive + held[out])
+        alive -= sum(held.pop(n, 0.0) for n in step.frees)
+    return max(int(peak), 4)
+
+
+def route(graph: Graph, name: str, parameter: Tensor, block: int | None, width: int) -> Route:
+    """The route of one parameter; ``block`` overrides the size that memory suggests at ``width`` bytes a value."""
     suffix = reach(graph, [name])
-    need = peak_bytes(suffix) if suffix else 4
-    budget = memory if memory is not None else MEMORY.get(parameter.device.type, MEMORY["cpu"])
-    fitting = max(1, min(budget // need, MOST))
-    return Route(name, tuple(parameter.shape), suffix, schedule(suffix, graph.loss), need, block or fitting)
+    steps = schedule(suffix, graph.loss)
+    need = peak_bytes(steps, graph.placeholders(name), dense=False, width=width)
+    budget = MEMORY.get(parameter.device.type, MEMORY["cpu"])
+    return Route(name, tuple(parameter.shape), suffix, steps, need, block or max(1, min(budget // need, MOST)))
 
 
 @dataclass

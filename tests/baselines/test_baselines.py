@@ -9,10 +9,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from deepzero.baselines import Backprop, PlainLoop
-from deepzero.errors import BudgetError, MaskError, ObjectiveError, StepError
 from torch import nn
 from torch.nn import functional as F
+
+from deepzero.baselines import Backprop, PlainLoop
+from deepzero.errors import BudgetError, MaskError, ObjectiveError, StepError
 
 
 def network() -> nn.Module:

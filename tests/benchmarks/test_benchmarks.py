@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepzero.models import paper_cnn
 from torch import nn
 
 from benchmarks import floors, machine, peers, report, throughput
 from benchmarks.cases import WORKS, Work, build, every, layers, mask_of, objective, sample
+from deepzero.models import paper_cnn
 
 SMALL = {
     "cnn": Work("tiny CNN", lambda: paper_cnn(2, width=3), (3, 8, 8), 6, layers, 202, chunk=8, sample=24),

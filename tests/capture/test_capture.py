@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from deepzero.capture import Bound, capture
 from deepzero.errors import CaptureError, ObjectiveError, StepError
 from deepzero.estimators import CGE, RGE
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def objective(model: nn.Module, batch: Any) -> Tensor:

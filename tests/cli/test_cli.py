@@ -11,11 +11,12 @@ import sys
 import time
 
 import pytest
+from typer.testing import CliRunner
+
 from deepzero import cli
 from deepzero.errors import ConfigError
 from deepzero.plots import plot_run
 from deepzero.training import checkpoint
-from typer.testing import CliRunner
 
 pytest.importorskip("sklearn")
 

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from deepzero import data
 from deepzero.data import bundled, cifar
 from deepzero.data.images import stratified_split

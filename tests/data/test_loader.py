@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+
 from deepzero.data import Loader
 from deepzero.errors import CheckpointError
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deepzero.errors import ObjectiveError
-from deepzero.estimators import CGE, RGE, Estimator
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from deepzero.errors import ObjectiveError
+from deepzero.estimators import CGE, RGE, Estimator
 
 
 def network() -> nn.Module:

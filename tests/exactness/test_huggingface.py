@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from exactness.judge import (
     BFLOAT16,
     FLOAT32_TINY,
@@ -21,7 +23,6 @@ from exactness.judge import (
     sampled,
     tolerance,
 )
-from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 

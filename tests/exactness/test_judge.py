@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from exactness.judge import (
     MUS,
     Promoted,
@@ -18,8 +21,6 @@ from exactness.judge import (
     sampled,
     tolerance,
 )
-from torch import nn
-from torch.nn import functional as F
 
 
 def vectors() -> dict[str, torch.Tensor]:

@@ -6,10 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import deepzero as dz
 import mpmath
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deepzero as dz
 from exactness.judge import (
     BFLOAT16,
     FLOAT32_TINY,
@@ -23,8 +26,6 @@ from exactness.judge import (
     sampled,
     tolerance,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def cross_entropy(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:

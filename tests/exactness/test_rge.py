@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 
-import deepzero as dz
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deepzero as dz
 from deepzero.errors import BudgetError
 from deepzero.estimators import rge
 from exactness.judge import FLOAT32, WideRGE, autograd, double_batch, double_copy, restored
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 DISTRIBUTIONS = ("gaussian", "sphere", "rademacher")
 SCHEMES = ("forward", "antithetic")

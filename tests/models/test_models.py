@@ -6,8 +6,9 @@ import inspect
 
 import pytest
 import torch
-from deepzero.models import MODELS, mlp, paper_cnn, vit
 from torch.nn import functional as F
+
+from deepzero.models import MODELS, mlp, paper_cnn, vit
 
 
 def parameters(model):

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
 from torch import Tensor
 
 import dzkernels
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
 
 EPS = 1e-5
 TERMS = 70  # of a float32 sum of moments: 64, and the roundings of e and of the products

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import dzkernels
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
 
 # N, H, W, O, Cg, kernel, stride, padding, dilation, groups
 SHAPES = [

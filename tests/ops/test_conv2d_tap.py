@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import RUNNERS, assert_exact, integers, normal, running, small_ints, strided
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import dzkernels
+from helpers import RUNNERS, assert_exact, integers, normal, running, small_ints, strided
 
 # N, Cin, H, W, Cout, kernel, stride, padding, dilation, groups
 SHAPES = [

@@ -9,10 +9,10 @@ import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
 from torch import Tensor
 
 import dzkernels
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
 
 U64 = UNIT[torch.float64]
 

@@ -7,10 +7,10 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
 from torch import Tensor
 
 import dzkernels
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
 
 FORMS = ["none", "tanh"]
 SLOPE = 1.13  # the largest slope of either form

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import UNIT, assert_bounded, assert_exact, integers, normal, small_ints
 from torch import Tensor
 
 import dzkernels
 from dzkernels import backends
+from helpers import UNIT, assert_bounded, assert_exact, integers, normal, small_ints
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
 from torch import Tensor
 
 import dzkernels
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
 
 EPS = 1e-5
 U = UNIT[torch.float32]

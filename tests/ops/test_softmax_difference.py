@@ -8,10 +8,10 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
 from torch import Tensor
 
 import dzkernels
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
 
 U = UNIT[torch.float32]
 # P, R, K

@@ -140,7 +140,7 @@ for _mode in ("reflect", "replicate"):
     conv(f"conv1d-{_mode}", 1, lambda m=_mode: nn.Conv1d(4, 4, 3, padding=2, padding_mode=m))
     conv(f"conv2d-{_mode}", 2, lambda m=_mode: nn.Conv2d(4, 4, 3, padding=2, padding_mode=m))
     conv(f"conv3d-{_mode}", 3, lambda m=_mode: nn.Conv3d(4, 4, 3, padding=1, padding_mode=m))
-conv("conv2d-same", 2, lambda: nn.Conv2d(4, 4, (3, 2), padding="same"))
+conv("conv2d-same", 2, lambda: nn.Conv2d(4, 4, (3, 2), dilation=(1, 2), padding="same"))
 conv("conv1d-same-dilated", 1, lambda: nn.Conv1d(4, 4, 4, dilation=2, padding="same"))
 conv("conv2d-transposed-depthwise", 2, lambda: nn.ConvTranspose2d(4, 4, 2, groups=4, stride=2))
 conv("conv2d-uneven", 2, lambda: nn.Conv2d(4, 4, (1, 3), stride=(2, 1), padding=(1, 0), dilation=(1, 2)))

@@ -8,11 +8,12 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import deepzero as dz
 import torch
 import torch.utils._pytree as pytree
-from rules.cases import Case
 from torch import Tensor, nn
+
+import deepzero as dz
+from rules.cases import Case
 
 Quotients = dict[str, Tensor]
 """Parameter name -> quotients of its sampled coordinates, in order, in float64."""

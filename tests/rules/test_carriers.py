@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+
 from deepzero import carriers
 from deepzero.carriers import Dense, OneChannel, OneEntry, Zero, dense
 from helpers import integers, normal
-from torch import Tensor
 
 P = 4
 SHAPES = [(3,), (2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 2, 2, 3)]

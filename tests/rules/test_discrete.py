@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import deepzero.run
 import pytest
 import torch
+from torch import Tensor, nn
+
+import deepzero.run
 from rules.cases import Case, supervised
 from rules.judge import Subject, violations
-from torch import Tensor, nn
 
 
 def _spiking(h: Tensor, *, soft: bool) -> Tensor:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers import small_ints
 from rules.cases import Case, seq, supervised
 from rules.judge import Subject
-from torch import Tensor, nn
 
 
 def _integer_parameters(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 
-import deepzero.run
 import pytest
 import torch
+
+import deepzero.run
 from rules.cases import ROWS, Case
 from rules.judge import Subject, violations
 

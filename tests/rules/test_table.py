@@ -5,15 +5,16 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import deepzero as dz
-import deepzero.run
 import pytest
 import torch
+from torch import Tensor, nn
+
+import deepzero as dz
+import deepzero.run
 from deepzero.errors import NoRuleError
 from deepzero.rules import RULES, rule
 from rules.cases import Case, Fn, readout, supervised
 from rules.judge import Subject, violations
-from torch import Tensor, nn
 
 aten = torch.ops.aten
 

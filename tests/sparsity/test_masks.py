@@ -7,9 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from deepzero.errors import MaskError
 from deepzero.sparsity import Fixed, LayerRatios, LayerwiseRandom, UniformRandom
-from torch import nn
 
 
 def network():

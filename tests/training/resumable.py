@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from deepzero.baselines import PlainLoop
 from deepzero.data import Loader
 from deepzero.sparsity import UniformRandom
 from deepzero.training import Checkpoints, Metrics, Progress, Trainer, checkpoint, warmup_cosine
-from torch import nn
-from torch.nn import functional as F
 
 EPOCHS = 4
 STEPS_PER_EPOCH = 4

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+
 from deepzero.errors import CheckpointError
 from deepzero.training import checkpoint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from deepzero.errors import ConfigError
 from deepzero.training import Config, load_config
 from deepzero.training.config import to_toml

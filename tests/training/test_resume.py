@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from deepzero.errors import CheckpointError
 from deepzero.training import checkpoint
 from deepzero.training.callbacks import read_metrics

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from deepzero.baselines import Backprop
 from deepzero.errors import BudgetError, ConfigError, ObjectiveError
 from deepzero.estimators.base import StepResult
 from deepzero.training import Callback, Checkpoints, Progress, TensorBoard, Trainer, checkpoint, warmup_cosine
-from torch import nn
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import resumable

@@ -206,6 +206,7 @@ class CGE(EngineEstimator):
 
         route = self.engine.route(base.graph, name)
         stages: list[str] = []
+
         def observe(step: Step, carrier: Any, fused: bool) -> None:
             kind = describe(carrier)
             if not stages or stages[-1] != kind:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..carriers import Dense
 from ..engine import Prepared
-from ..plan import MEMORY, peak_bytes, reach
+from ..plan import MEMORY, peak_bytes
 from .base import Objective
 from .cge import EngineEstimator
 
@@ -131,9 +131,10 @@ class RGE(EngineEstimator):
     def _block(self, ready: Prepared, names: list[str]) -> int:
         if self.engine.block is not None or ready.base is None:
             return self.engine.block or self.directions
-        suffix = reach(ready.base.graph, names)
+        graph = ready.base.graph
+        starts = [node for name in names for node in graph.placeholders(name)]
         weights = 4 * sum(self.model.get_parameter(name).numel() for name in names)
-        need = 3 * weights + (peak_bytes(suffix) if suffix else 4)
+        need = 3 * weights + peak_bytes(self.engine.joint_steps(graph, names), starts, dense=True)
         device = self.model.get_parameter(names[0]).device.type
         return max(1, min(self.directions, MEMORY.get(device, MEMORY["cpu"]) // need))
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import dzkernels
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
+
+import dzkernels
 
 from .. import carriers
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel, select, without

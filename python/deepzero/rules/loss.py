@@ -56,6 +56,15 @@ def cross_entropy(run: Block, node: Any) -> Carrier:
     return Dense(rows.sum(1) if reduction == _SUM else rows.sum(1) / norm)
 
 
+def plain_labels(run: Block, node: Any) -> tuple[tuple[Tensor | None, Tensor | None], Tensor]:
+    """((labels, their scale), log p [M, K]) when the loss is a mean over labels; (None, None) for other targets."""
+    logits = run.exact(node.args[0])
+    q, log_p, _ = run.saved(node, "targets", lambda: _targets(run, node, logits, 0 if logits.dim() == 1 else 1))
+    if not isinstance(q, tuple) or _argument(node, 3, _MEAN) != _MEAN:
+        return (None, None), log_p
+    return q, log_p
+
+
 def _targets(run: Block, node: Any, logits: Tensor, k: int) -> tuple[Any, Tensor, float]:
     """(labels and their scale, or coefficients q [M, K]), log p [M, K], and what a mean divides by."""
     target, weight = run.exact(node.args[1]), run.exact(_argument(node, 2, None))

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import dzkernels
 import torch
 from torch import Tensor, fx
+
+import dzkernels
 
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, select
 from .table import aten, rule
@@ -183,7 +184,9 @@ def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
 def _row_norm(dz: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, eps: Any) -> Tensor:
     """The norm's difference over rows: zc [R.., M..] as var [R.., 1..] divides it, dz [P, *zc.shape]."""
     rows = zc.reshape(var.numel(), -1)
-    out = dzkernels.layer_norm_difference(dz.reshape(len(dz), *rows.shape), rows, var.reshape(-1), gamma, eps=float(eps))
+    out = dzkernels.layer_norm_difference(
+        dz.reshape(len(dz), *rows.shape), rows, var.reshape(-1), gamma, eps=float(eps)
+    )
     return out.reshape(dz.shape)
 
 

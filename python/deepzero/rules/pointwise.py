@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import dzkernels
 import torch
 from torch import Tensor, fx
+
+import dzkernels
 
 from ..carriers import Dense, Zero, dense
 from .table import aten, discrete, pointwise, rule

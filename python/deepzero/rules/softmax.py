@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import dzkernels
 import torch
 from torch import Tensor, fx
+
+import dzkernels
 
 from ..carriers import Carrier, Dense, dense
 from .table import aten, rule
