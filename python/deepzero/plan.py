@@ -20,8 +20,8 @@ aten = torch.ops.aten
 MEMORY = {"cpu": 16 << 20, "cuda": 2 << 30}
 """Bytes that the differences of one block may take, by device: on a CPU they should stay near the caches."""
 
-MOST = 4096
-"""Most perturbations of a block: beyond it nothing is gained, and index tensors grow."""
+MOST = 1024
+"""Most perturbations of a block: enough to hide the cost of a call, few enough to keep small values in cache."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,10 @@ class Block:
         """Base images in the query dtype, stored channel by channel."""
         return self.base.planes(node)
 
+    def columns(self, node: fx.Node) -> Tensor:
+        """Base value [..., K] in the query dtype, stored feature by feature: [K, ...]."""
+        return self.base.columns(node)
+
     def exact_args(self, node: fx.Node) -> tuple[Any, ...]:
         return fx.map_arg(node.args, self.base.exact)  # type: ignore[no-any-return]
 

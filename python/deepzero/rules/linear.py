@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import dzkernels
 
 from .. import carriers
-from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel, select, without
+from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel, without
 from .table import aten, rule
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _weight_moves(run: Block, x: Any, dx: Any, dw: Any, shape: tuple[int, ...], 
         k, m = (1, 0) if transposed else (0, 1)
         last = len(shape) - 1
         if dx is Zero:
-            column = select(run.low(x), last, dw.index[:, k])  # [P, ...]
+            column = run.columns(x).index_select(0, dw.index[:, k])  # [P, ...]
         else:
             moved = _moved(run, x, dx)
             rows = torch.arange(len(moved), device=moved.device)

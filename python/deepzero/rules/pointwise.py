@@ -340,9 +340,14 @@ def erfc(dz: Tensor, z: Tensor) -> Tensor:
 # --- functions with kinks, by cases
 
 
-@pointwise(aten.relu.default)
+@pointwise(aten.relu.default, saves=lambda z: (z.clamp(max=0), -z.clamp(min=0)))
+def relu_saved(dz: Tensor, below: Tensor, floor: Tensor) -> Tensor:
+    """max(z + dz, 0) - max(z, 0): at most back down to zero from above, at most what is left over from below."""
+    return torch.maximum(below + dz, floor)
+
+
 def relu(dz: Tensor, z: Tensor) -> Tensor:
-    return torch.where(z > 0, torch.maximum(dz, -z), (z + dz).clamp(min=0))
+    return relu_saved(dz, z.clamp(max=0), -z.clamp(min=0))
 
 
 @pointwise(aten.leaky_relu.default)
