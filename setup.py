@@ -36,6 +36,7 @@ OPS = (
     "gelu_difference",
     "layer_norm_difference",
     "softmax_difference",
+    "attention_difference",
 )
 LEVEL_SOURCES = ("table", *OPS)  # in csrc/cpu, compiled once per instruction set level
 PLAIN_SOURCES = ("module", "cpu/dispatch")

@@ -49,3 +49,17 @@ def cross_entropy_difference(
 def gelu_difference(delta: int, z: int, out: int, /, *sizes: int) -> None: ...
 def layer_norm_difference(delta: int, zc: int, var: int, gamma: int, out: int, eps: float, /, *sizes: int) -> None: ...
 def softmax_difference(delta: int, p: int, out: int, /, *sizes: int) -> None: ...
+def attention_difference(
+    dq: int,
+    dk: int,
+    dv: int,
+    q: int,
+    k: int,
+    v: int,
+    p: int,
+    out: int,
+    strides: int,
+    scale: float,
+    /,
+    *sizes: int,
+) -> None: ...

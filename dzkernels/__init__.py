@@ -5,6 +5,7 @@ from .backends import BACKENDS, BackendError, available_backends, use_backend, u
 from .memory import keep_freed_memory
 from .ops import (
     OPS,
+    attention_difference,
     channel_batch_norm,
     channel_conv2d,
     channel_linear_cross_entropy,
@@ -20,6 +21,7 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "BackendError",
+    "attention_difference",
     "available_backends",
     "build_info",
     "channel_batch_norm",

@@ -24,6 +24,7 @@ OPS = (
     "gelu_difference",
     "layer_norm_difference",
     "softmax_difference",
+    "attention_difference",
 )
 
 Pair = int | Sequence[int]
@@ -485,6 +486,74 @@ def softmax_difference(delta: Tensor, p: Tensor, *, log: bool = False) -> Tensor
     _base_values(op, "p", p, delta)
     check.of_shape(op, "p", p, tuple(delta.shape[1:]), "[R, K]")
     return backends.run(op, delta, delta, p, log=bool(log))
+
+
+def attention_difference(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    *,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Change of the attention softmax(scale * q k^T + mask) v when q, k and v move.
+
+    dS = scale * (dq k^T + (q + dq) dk^T)
+    dA = p * expm1(dS - m), m = log(sum_s p exp(dS)) for each row, as in softmax_difference
+    out = dA v + (p + dA) dv
+
+    B is the number of pairs of sample and head; or all tensors have two dimensions, N and H, in its place.
+
+    dq      [P, B, T, D]  differences, None: q (k, v) stands still; at least one is given, all of one dtype
+    dk      [P, B, S, D]
+    dv      [P, B, S, E]
+    q       [B, T, D]     base query, float64 for float64 differences, else float32
+    k, v    [B, S, D], [B, S, E]  base key and value, likewise
+    p       [B, T, S]     base attention, rounded once, likewise; where it is 0 (masked) it stays exactly 0
+    result  [P, B, T, E]  contiguous; with N and H [P, N, H, T, E], a view of contiguous [P, N, T, H, E] memory
+
+    The result has the dtype of the differences unless out_dtype is given. Any strides are read in place as long as
+    the last dimension is contiguous.
+
+    Exactness: float32 arithmetic; inner products run in order. Off by at most (2 D + 4) roundings of the terms of dS,
+    what they become in dA, 24 roundings of dA as in softmax_difference, and (2 S + 4) of the terms of out.
+    Cost: 2 T S (D for each of dq and dk, E for each of dv and what moves p) operations and T S exponentials.
+    """
+    op = "attention_difference"
+    moved = [(name, d) for name, d in (("dq", dq), ("dk", dk), ("dv", dv)) if d is not None]
+    if not moved:
+        raise ValueError(f"dz::{op}: dq, dk or dv must be given, got None for all")
+    first, given = moved[0]
+    check.of_dtype(op, first, given, check.FLOATS)
+    for name, base in (("q", q), ("k", k), ("v", v), ("p", p)):
+        check.of_dtype(op, name, base, (torch.float64 if given.dtype == torch.float64 else torch.float32,))
+        check.same_device(op, name, base, first, given)
+    if q.dim() not in (3, 4):
+        raise ValueError(f"dz::{op}: q must be of shape [B, T, D] or [N, H, T, D], got {check.shape(q)}")
+    outer, pairs = q.shape[:-2], "B" if q.dim() == 3 else "N, H"
+    check.of_shape(op, "k", k, (*outer, None, q.shape[-1]), f"[{pairs}, S, D]")
+    check.of_shape(op, "v", v, (*outer, k.shape[-2], None), f"[{pairs}, S, E]")
+    check.of_shape(op, "p", p, (*outer, q.shape[-2], k.shape[-2]), f"[{pairs}, T, S]")
+    if 0 in (k.shape[-2], k.shape[-1], v.shape[-1]):
+        raise ValueError(
+            f"dz::{op}: k and v must be non-empty in S, D and E, got {check.shape(k)} and {check.shape(v)}"
+        )
+    perturbations = given.shape[0] if given.dim() else None
+    shapes = {"dq": (q, "T, D"), "dk": (k, "S, D"), "dv": (v, "S, E")}
+    for name, d in moved:
+        base, meaning = shapes[name]
+        check.of_dtype(op, name, d, (given.dtype,))
+        check.of_shape(op, name, d, (perturbations, *base.shape), f"[P, {pairs}, {meaning}]")
+        check.same_device(op, name, d, first, given)
+    if out_dtype is None:
+        out_dtype = given.dtype
+    elif out_dtype not in check.FLOATS:
+        raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
+    return backends.run(op, given, dq, dk, dv, q, k, v, p, scale=float(scale), out_dtype=out_dtype)
 
 
 def _base_values(op: str, name: str, tensor: Tensor, delta: Tensor) -> None:

@@ -15,22 +15,6 @@ struct Taps {
   int64_t pixel_out;      // and in the output
 };
 
-DZ_INLINE void store_first(float* to, Vec v, int64_t count) { store_some(to, v, count); }
-
-DZ_INLINE void store_first(Bf16* to, Vec v, int64_t count) {
-  Bf16 values[kLanes];
-  store_vec(values, v);
-  const Bf16* from = values;
-#pragma GCC unroll 4
-  for (int64_t size = kLanes / 2; size > 0; size /= 2) {  // in pieces of fixed size
-    if ((count & size) != 0) {
-      __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(Bf16));
-      to += size;
-      from += size;
-    }
-  }
-}
-
 // out[q, 0 .. channels) = sum_t in[q * pixel_in + offset[t]] * packed[t, :] for PIXELS pixels and REGISTERS registers
 // of channels. The accumulators never leave registers; the sum runs over t in order, in every tile shape alike.
 template <int PIXELS, int REGISTERS, typename Out>

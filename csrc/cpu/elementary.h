@@ -47,6 +47,23 @@ DZ_INLINE void store_some(float* p, Vec v, int64_t n) {
 }
 #endif
 
+// The first `count` lanes, 0 <= count < kLanes.
+DZ_INLINE void store_first(float* to, Vec v, int64_t count) { store_some(to, v, count); }
+
+DZ_INLINE void store_first(Bf16* to, Vec v, int64_t count) {
+  Bf16 values[kLanes];
+  store_vec(values, v);
+  const Bf16* from = values;
+#pragma GCC unroll 4
+  for (int64_t size = kLanes / 2; size > 0; size /= 2) {  // in pieces of fixed size
+    if ((count & size) != 0) {
+      __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(Bf16));
+      to += size;
+      from += size;
+    }
+  }
+}
+
 DZ_INLINE Vec absolute(Vec v) { return reinterpret_cast<Vec>(reinterpret_cast<Mask>(v) & 0x7fffffff); }
 
 // The first operand where it is NaN.

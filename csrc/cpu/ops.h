@@ -71,5 +71,15 @@
   OP(softmax_difference, (const float* delta, /* [P, R, K]                                                         */  \
                           const float* p,  /* [R, K]                                                               */  \
                           float* out,      /* [P, R, K]                                                            */  \
-                          int64_t P, int64_t R, int64_t K, bool log))
+                          int64_t P, int64_t R, int64_t K, bool log))                                                  \
+  OP(attention_difference, (const void* dq, /* [P, N, H, T, D] float32, or bfloat16 with half; may be null         */  \
+                            const void* dk, /* [P, N, H, S, D]  likewise                                           */  \
+                            const void* dv, /* [P, N, H, S, E]  likewise                                           */  \
+                            const float* q, /* [N, H, T, D]                                                        */  \
+                            const float* k, const float* v, /* [N, H, S, D], [N, H, S, E]                          */  \
+                            const float* p, /* [N, H, T, S]                                                        */  \
+                            void* out, /* [P, N, T, H, E] float32, or bfloat16 with out_half                       */  \
+                            const int64_t* strides, /* [6, 4] of dq, dk, dv, q, k, v along P, N, H and rows        */  \
+                            double scale, int64_t P, int64_t N, int64_t H, int64_t T, int64_t S, int64_t D,            \
+                            int64_t E, bool half, bool out_half))
 // clang-format on

@@ -1,6 +1,7 @@
 // Drives every CPU kernel at every instruction set level of this machine, and every CUDA kernel as plain C++, against
 // straightforward loops. Built with the address and undefined-behaviour sanitizers by .ci/run: buffers have exactly the
 // size that the contract gives them, so one element too many is an error.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -456,6 +457,77 @@ void test_softmax_difference(int64_t P, int64_t R, int64_t K, float scale, bool 
   compare("softmax_difference " + dz::isa(), out, wanted, 2e-6);
 }
 
+void test_attention_difference(int64_t P, int64_t N, int64_t H, int64_t T, int64_t S, int64_t D, int64_t E, int moves) {
+  const Floats q = normals(N * H * T * D, 1), k = normals(N * H * S * D, 1), v = normals(N * H * S * E, 1);
+  Floats d[3] = {normals(P * N * H * T * D, 0.3f), normals(P * N * H * S * D, 0.3f), normals(P * N * H * S * E, 0.3f)};
+  Floats p(static_cast<size_t>(N * H * T * S)), wanted;
+  const double scale = 0.5;
+  for (int64_t query = 0; query < N * H * T; ++query) {
+    const float *at = q.data() + query * D, *key = k.data() + query / T * S * D;
+    double sum = 0;
+    for (int64_t s = 0; s < S; ++s) {
+      double score = 0;
+      for (int64_t i = 0; i < D; ++i) score += scale * at[i] * key[s * D + i];
+      float& prob = p[static_cast<size_t>(query * S + s)];
+      prob = s > 0 && s % 5 == 0 ? 0.0f : static_cast<float>(std::exp(score));
+      sum += prob;
+    }
+    for (int64_t s = 0; s < S; ++s) p[static_cast<size_t>(query * S + s)] /= static_cast<float>(sum);
+  }
+  for (int part = 0; part < 3; ++part) {
+    if ((moves >> part & 1) == 0) std::fill(d[part].begin(), d[part].end(), 0.0f);
+  }
+  for (int64_t row = 0; row < P * N * H * T; ++row) {
+    const int64_t query = row % (N * H * T), pair = query / T, moved = row / T;
+    const float *dq = d[0].data() + row * D, *dk = d[1].data() + moved * S * D, *dv = d[2].data() + moved * S * E;
+    const float *at = q.data() + query * D, *key = k.data() + pair * S * D, *value = v.data() + pair * S * E;
+    const float* prob = p.data() + query * S;
+    Doubles after(static_cast<size_t>(S));
+    double sum = 0;
+    for (int64_t s = 0; s < S; ++s) {
+      double change = 0;
+      for (int64_t i = 0; i < D; ++i) {
+        change += scale * (dq[i] * key[s * D + i] + (static_cast<double>(at[i]) + dq[i]) * dk[s * D + i]);
+      }
+      sum += after[static_cast<size_t>(s)] = prob[s] * std::exp(change);
+    }
+    for (int64_t e = 0; e < E; ++e) {
+      double total = 0;
+      for (int64_t s = 0; s < S; ++s) {
+        const double now = after[static_cast<size_t>(s)] / sum;
+        total += (now - prob[s]) * value[s * E + e] + now * dv[s * E + e];
+      }
+      wanted.push_back(static_cast<float>(total));
+    }
+  }
+  Indices strides = {N * H * T * D, H * T * D, T * D,         D,         N * H * S * D, H * S * D,
+                     S * D,         D,         N * H * S * E, H * S * E, S * E,         E};
+  for (int part = 0; part < 3; ++part) {
+    for (int axis = 0; axis < 4; ++axis)
+      strides.push_back(axis == 0 ? 0 : strides[static_cast<size_t>(4 * part + axis)]);
+  }
+  for (const bool half : {false, true}) {
+    Floats out = poisoned(P * N * T * H * E), sorted(wanted.size());
+    std::vector<uint16_t> narrow(half ? out.size() : 0), in[3];
+    for (int part = 0; part < 3 && half; ++part) {
+      for (const float value : d[part]) in[part].push_back(to_half(value));
+    }
+    const auto given = [&](int part) -> const void* {
+      if ((moves >> part & 1) == 0) return nullptr;
+      return half ? static_cast<const void*>(in[part].data()) : d[part].data();
+    };
+    dz::kernels().attention_difference(given(0), given(1), given(2), q.data(), k.data(), v.data(), p.data(),
+                                       half ? static_cast<void*>(narrow.data()) : out.data(), strides.data(), scale, P,
+                                       N, H, T, S, D, E, half, half);
+    for (size_t i = 0; i < narrow.size(); ++i) out[i] = from_half(narrow[i]);
+    for (size_t i = 0; i < out.size(); ++i) {  // [P, N, T, H, E] to [P, N, H, T, E]
+      const int64_t at = static_cast<int64_t>(i), e = at % E, h = at / E % H, t = at / E / H % T, n = at / E / H / T;
+      sorted[static_cast<size_t>(((n * H + h) * T + t) * E + e)] = out[i];
+    }
+    compare("attention_difference " + dz::isa(), sorted, wanted, half ? 0.1 : 1e-4);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -485,6 +557,8 @@ int main() {
       test_gelu_difference(draw(0, 4), draw(1, 700), scale, round % 2 == 0);
       test_layer_norm_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0, round % 4 < 2);
       test_softmax_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0);
+      test_attention_difference(draw(0, 3), draw(1, 2), draw(1, 3), draw(0, 80), draw(1, 80), draw(1, 40), draw(1, 80),
+                                1 + round % 7);
     }
     test_channel_batch_norm(2, 5, 2, 40, 43, 1.0f, true, true);  // several blocks
     test_cross_entropy_difference(2, 3, 3000, 1.0f);             // a row longer than a chunk

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._load import native
+
+
+def attention_difference(
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Tensor, *,
+    scale: float, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    given = next(d for d in (dq, dk, dv) if d is not None)
+    operands = [_rows(values) if values is not None else None for values in (dq, dk, dv, q, k, v)]
+    strides = torch.tensor([_strides(o, q.dim()) for o in operands], dtype=torch.int64)
+    p = p.contiguous()
+    samples, heads = p.shape[:-2] if q.dim() == 4 else (p.shape[0], 1)
+    rows, width = q.shape[-2], v.shape[-1]
+    inner = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+    out = torch.empty(given.shape[0], samples, rows, heads, width, dtype=inner, device="cpu")
+    native().attention_difference(
+        *(o.data_ptr() if o is not None else 0 for o in operands), p.data_ptr(), out.data_ptr(), strides.data_ptr(),
+        scale, given.shape[0], samples, heads, rows, k.shape[-2], q.shape[-1], width,
+        given.dtype == torch.bfloat16, inner == torch.bfloat16,
+    )  # fmt: skip
+    out = out.to(out_dtype)
+    return out.transpose(2, 3) if q.dim() == 4 else out.squeeze(3)
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Neighbours in memory along the last dimension, the rest as it is."""
+    return values if values.stride(-1) == 1 or values.shape[-1] == 1 else values.contiguous()
+
+
+def _strides(values: Tensor | None, dims: int) -> tuple[int, int, int, int]:
+    """Along perturbations, samples, heads and rows; 0 for those there are not."""
+    if values is None:
+        return 0, 0, 0, 0
+    *outer, row, _ = values.stride()
+    first = outer.pop(0) if values.dim() > dims else 0
+    return first, outer[0], outer[1] if dims == 4 else 0, row
