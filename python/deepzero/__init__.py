@@ -6,6 +6,7 @@ The pieces a training script needs are here; everything else lives in the submod
 from . import data, errors, models, sparsity
 from .blackbox import BlackBox, blackbox
 from .estimators import CGE, RGE, Estimate, Estimator, StepResult
+from .training import Trainer
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "StepResult",
+    "Trainer",
     "blackbox",
     "data",
     "errors",

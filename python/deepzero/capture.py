@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -20,7 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
-from .errors import CaptureError, ObjectiveError
+from .errors import CaptureError
 from .estimators.base import Objective
 
 log = logging.getLogger("deepzero")
@@ -291,31 +291,3 @@ class Cache:
 
     def __contains__(self, bound: Bound) -> bool:
         return key_of(bound) in self._entries
-
-
-def check_loss(loss: Any) -> float:
-    """The loss as a float. Raises :class:`ObjectiveError` unless it is one finite real number."""
-    if not isinstance(loss, Tensor):
-        raise ObjectiveError(
-            f"objective(model, batch) must return a tensor with one element, got {type(loss).__name__}. "
-            "Return the loss itself, for example torch.nn.functional.cross_entropy(model(x), y)."
-        )
-    if loss.numel() != 1:
-        raise ObjectiveError(
-            f"objective(model, batch) must return one number, got a tensor of shape {list(loss.shape)}. "
-            "Reduce it, for example with .mean()."
-        )
-    if loss.is_complex():
-        raise ObjectiveError(f"objective(model, batch) must return a real number, got dtype {loss.dtype}.")
-    value = float(loss)
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ObjectiveError(
-            f"the loss is {value} before any perturbation, so no difference of it means anything. "
-            "Check the batch and the weights for nan/inf, or lower the learning rate."
-        )
-    return value
-
-
-def replace_tensors(values: Mapping[fx.Node, Any], args: Any) -> Any:
-    """``args`` of a node with every node in it replaced by its value."""
-    return fx.map_arg(args, lambda node: values[node])

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from .base import Base, interpret
-from .capture import Bound, Cache, Graph, check_loss
+from .capture import Bound, Cache, Graph
 from .carriers import Carrier
-from .errors import CaptureError, MaskError, ObjectiveError, StepError
+from .errors import CaptureError, ObjectiveError, StepError
 from .estimators.base import Mask, Objective
+from .estimators.checks import check_loss, selected
 from .fusion import Step, schedule
 from .plan import Route, reach, route
 from .run import run_block
@@ -151,52 +152,9 @@ class Engine:
             )
         return Whole(bound, start)
 
-    # --- coordinates
-
     def selected(self, mask: Mask | None) -> dict[str, Tensor]:
         """Parameter name -> [n, rank] int64 coordinates in order. Raises :class:`MaskError` before any work."""
-        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if mask is None:
-            chosen = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in trainable.items()}
-        else:
-            chosen = dict(mask)
-            every = dict(self.model.named_parameters(remove_duplicate=False))
-            for name, m in chosen.items():
-                if name not in every:
-                    raise MaskError(
-                        f"mask names {name!r}, which is no parameter of the model. Parameters are: "
-                        f"{_some(sorted(trainable))}."
-                    )
-                if name not in trainable:
-                    twin = next((n for n, p in trainable.items() if p is every[name]), None)
-                    hint = (
-                        f"it is the same tensor as {twin!r}: mask that name"
-                        if twin
-                        else "it does not require grad: call .requires_grad_(True) on it or leave it out"
-                    )
-                    raise MaskError(f"mask names {name!r}, which cannot be estimated: {hint}.")
-                if not isinstance(m, Tensor) or m.dtype is not torch.bool:
-                    got = m.dtype if isinstance(m, Tensor) else type(m).__name__
-                    raise MaskError(f"mask[{name!r}] must be a bool tensor, got {got}. Convert it with .bool().")
-                if m.shape != trainable[name].shape:
-                    raise MaskError(
-                        f"mask[{name!r}] must have the parameter's shape {list(trainable[name].shape)}, "
-                        f"got {list(m.shape)}."
-                    )
-        out = {}
-        for name, p in trainable.items():
-            if name in chosen:
-                where = chosen[name].to(p.device).nonzero()
-                if len(where):
-                    out[name] = where
-        if not out:
-            raise MaskError(
-                "the mask selects no coordinate: no query would be made and the gradient would be zero. "
-                "Select at least one, or pass mask=None for every parameter."
-                if mask is not None
-                else "the model has no parameter that requires grad, so there is nothing to estimate."
-            )
-        return out
+        return {name: chosen.nonzero() for name, chosen in selected(self.model, mask).items()}
 
     def route(self, graph: Graph, name: str) -> Route:
         key = (id(graph), name)
@@ -232,11 +190,6 @@ def _loss_dtype(graph: Graph) -> torch.dtype:
         if isinstance(value := node.meta.get("val"), Tensor) and value.is_floating_point()
     }
     return max(dtypes or {torch.float32}, key=lambda d: torch.finfo(d).eps)
-
-
-def _some(names: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
 
 
 class Whole:

@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -29,20 +30,27 @@ def set_random_state(state: tuple[Any, ...]) -> None:
     random.setstate(python)
 
 
+_HELD = (signal.SIGINT, signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back for a few short writes that must happen together; it is delivered right after them."""
+    """Hold Ctrl-C and SIGTERM back for a few short writes that must happen together; delivered right after them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pending: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    pending: list[tuple[int, FrameType | None]] = []
+    before = {number: signal.getsignal(number) for number in _HELD}
+    handlers = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: pending.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
-        if pending and callable(before):
-            before(*pending[-1])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if pending:
+            handlers[signal.Signals(pending[0][0])](*pending[0])
 
 
 @contextlib.contextmanager

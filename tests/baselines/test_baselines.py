@@ -233,10 +233,13 @@ def test_a_budget_is_never_overshot_and_its_state_survives():
 
 BAD_MASKS = {
     "unknown": ({"0.wieght": torch.ones(2, 1, 3, 3).bool()}, r"names '0.wieght', which is no parameter.*'0.weight'"),
-    "dtype": ({"0.weight": torch.ones(2, 1, 3, 3)}, r"must be a torch.bool tensor, got torch.float32"),
-    "not a tensor": ({"0.weight": [True]}, r"must be a torch.bool tensor, got list"),
-    "shape": ({"0.weight": torch.ones(2, 9).bool()}, r"shape \(2, 1, 3, 3\), got \(2, 9\)"),
-    "frozen": ({"0.bias": torch.ones(2).bool()}, r"mask\['0.bias'\] selects coordinates of a frozen parameter"),
+    "dtype": ({"0.weight": torch.ones(2, 1, 3, 3)}, r"must be a bool tensor, got torch.float32"),
+    "not a tensor": ({"0.weight": [True]}, r"must be a bool tensor, got list"),
+    "shape": ({"0.weight": torch.ones(2, 9).bool()}, r"shape \[2, 1, 3, 3\], got \[2, 9\]"),
+    "frozen": (
+        {"0.bias": torch.ones(2).bool()},
+        r"names '0.bias', which cannot be estimated: it does not req",
+    ),
     "empty": ({"0.weight": torch.zeros(2, 1, 3, 3).bool()}, r"the mask selects no coordinate"),
 }
 
@@ -254,10 +257,10 @@ def test_a_mask_that_does_not_fit_is_refused(make, mask, text):
 @pytest.mark.parametrize(
     ("objective", "text"),
     [
-        (lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none"), r"got a tensor of shape \(5,\)"),
+        (lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none"), r"got a tensor of shape \[5\]"),
         (lambda m, b: 1.0, "got float"),
-        (lambda m, b: cross_entropy(m, b) * float("nan"), "the loss of the batch is nan"),
-        (lambda m, b: cross_entropy(m, b) + float("inf"), "the loss of the batch is inf"),
+        (lambda m, b: cross_entropy(m, b) * float("nan"), "the loss is nan"),
+        (lambda m, b: cross_entropy(m, b) + float("inf"), "the loss is inf"),
     ],
 )
 def test_a_loss_that_is_not_one_finite_number_is_refused(make, objective, text):
@@ -272,7 +275,7 @@ def test_a_perturbed_loss_that_is_not_finite_names_its_coordinate():
     model = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 0.0]]))
-    with pytest.raises(ObjectiveError, match=r"the loss with weight\[0, 1\] moved by 0.01 is inf"):
+    with pytest.raises(ObjectiveError, match=r"the loss is inf with weight\[0, 1\] moved by 0.01"):
         PlainLoop(model, lambda m, b: torch.where(m.weight[0, 1] > 0, torch.inf, 1.0), mu=1e-2).estimate(None)
 
 
@@ -284,7 +287,7 @@ def test_unusable_steps_are_refused():
         PlainLoop(model, lambda m, b: m.weight.sum(), mu=5e-3).estimate(None)
     assert model.weight.item() == 2.0
     for mu in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(StepError, match="mu must be a positive finite number"):
+        with pytest.raises(StepError, match="mu must be a positive finite step"):
             PlainLoop(model, cross_entropy, mu=mu)
-    with pytest.raises(ValueError, match="scheme must be one of forward, central, got 'both'"):
+    with pytest.raises(ValueError, match="scheme must be one of 'forward', 'central', got 'both'"):
         PlainLoop(model, cross_entropy, scheme="both")

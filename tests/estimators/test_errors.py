@@ -37,7 +37,7 @@ MASKS: list[tuple[str, Any, str]] = [
     (
         "unknown name",
         {"0.wieght": ones(4, 5)},
-        r"mask names '0\.wieght', which is no parameter of the model.*0\.weight",
+        r"the mask names '0\.wieght', which is no parameter of the model\. Did you mean '0\.weight'",
     ),
     ("shape", {"0.weight": ones(5, 4)}, r"mask\['0\.weight'\] must have the parameter's shape \[4, 5\], got \[5, 4\]"),
     ("dtype", {"0.weight": torch.ones(4, 5)}, r"mask\['0\.weight'\] must be a bool tensor, got torch\.float32.*\.bool"),

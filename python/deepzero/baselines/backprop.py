@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..estimators.base import Estimate, Estimator, Mask, Objective, StepResult, accumulate
-from .plain_loop import loss_value
-from .selection import selected
+from ..estimators.checks import check_loss, selected
 from .transaction import Snapshot, Transaction
 
 
@@ -48,7 +47,7 @@ class Backprop(Estimator):
         def differentiate() -> float:
             with torch.enable_grad():
                 loss = self.objective(self.model, batch)
-                value = loss_value(loss, "of the batch")
+                value = check_loss(loss)
                 wanted = [parameters[name] for name in chosen]
                 if loss.requires_grad:
                     grads.extend(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ObjectiveError, StepError
+from ..errors import StepError
 from ..estimators.base import Estimate, Estimator, Mask, Objective, StepResult, accumulate
-from .selection import selected
+from ..estimators.checks import check_loss, check_mu, check_scheme, selected
 from .transaction import Snapshot, Transaction
 
 SCHEMES = ("forward", "central")
-
-
-def loss_value(loss: Any, where: str) -> float:
-    """The objective's result as a float; ObjectiveError unless it is one finite real number."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
-        came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ObjectiveError(
-            f"the objective must return one real number in a tensor, got {came}. Reduce it, e.g. loss.mean()."
-        )
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ObjectiveError(
-            f"the loss {where} is {value}. Lower the learning rate or mu, or check the batch for bad values."
-        )
-    return value
 
 
 class PlainLoop(Estimator):
@@ -52,11 +36,8 @@ class PlainLoop(Estimator):
         scheme: str = "forward",
         budget: int | None = None,
     ) -> None:
-        if not (math.isfinite(mu) and mu > 0):
-            raise StepError(f"mu must be a positive finite number, got {mu}")
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-        self.model, self.objective, self.mu, self.scheme = model, objective, mu, scheme
+        self.model, self.objective = model, objective
+        self.mu, self.scheme = check_mu(mu), check_scheme(scheme, SCHEMES)
         self.queries, self.budget = 0, budget
 
     def estimate(self, batch: Any, mask: Mask | None = None) -> Estimate:
@@ -80,7 +61,7 @@ class PlainLoop(Estimator):
         coordinates = sum(int(m.sum()) for m in chosen.values())
         queries = (1 if self.scheme == "forward" else 2) * coordinates + 1
         self._spend(queries)
-        base = transaction.call(lambda: loss_value(self.objective(self.model, batch), "of the batch"))
+        base = transaction.call(lambda: check_loss(self.objective(self.model, batch)))
         after_base = Snapshot(self.model)
         parameters = dict(self.model.named_parameters())
         grads = {}
@@ -111,7 +92,7 @@ class PlainLoop(Estimator):
                 "a larger mu, or keep the weights in a wider dtype."
             )
         loss = transaction.call(
-            lambda: loss_value(self.objective(self.model, batch), f"with {name}{list(index)} moved by {step:g}")
+            lambda: check_loss(self.objective(self.model, batch), f"with {name}{list(index)} moved by {step:g}")
         )
         transaction.put_back()
         return loss, realised

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,27 +12,14 @@ from torch import Tensor, nn
 from ..base import Base
 from ..carriers import OneEntry, describe
 from ..engine import Engine, Prepared
-from ..errors import StepError
 from ..fusion import Step
 from ..plan import Line, Plan, missing_rules
 from ..state import set_random_state, uninterrupted, write_buffers
 from .base import Estimate, Estimator, Mask, Objective, StepResult, accumulate
+from .checks import check_finite, check_mu, check_scheme
 
 SCHEMES = {"forward": (1.0,), "central": (1.0, -1.0)}
 """scheme -> the signs of the steps; the difference of the outermost losses is divided by their distance."""
-
-
-def check_mu(mu: float) -> float:
-    value = float(mu)
-    if not (math.isfinite(value) and value > 0):
-        raise StepError(f"mu must be a positive finite step in weight units, got {mu!r}. The paper's is 5e-3.")
-    return value
-
-
-def check_scheme(scheme: str, known: Any) -> str:
-    if scheme not in known:
-        raise ValueError(f"scheme must be one of {', '.join(map(repr, known))}, got {scheme!r}")
-    return scheme
 
 
 class EngineEstimator(Estimator):
@@ -160,7 +146,11 @@ class CGE(EngineEstimator):
                 losses.append(engine.run(base, route.steps, {name: seed}, len(part)))
             # the step a difference starts from is mu rounded to the query dtype; divide by that very number
             realised = float(torch.tensor(self.mu, dtype=engine.dtype))
-            yield part, self._quotients(torch.stack(losses)) * (self.mu / realised)
+            quotients = self._quotients(torch.stack(losses)) * (self.mu / realised)
+            if not bool(quotients.isfinite().all()):
+                worst = int((~quotients.isfinite()).nonzero()[0, 0])
+                check_finite(float(quotients[worst]), f"with {name}{part[worst].tolist()} moved by {self.mu:g}")
+            yield part, quotients
 
     def _gradients(self, ready: Prepared, selected: dict[str, Tensor]) -> dict[str, Tensor]:
         grads = self._empty_grads(selected)

@@ -1,0 +1,105 @@
+"""What every estimator checks before any work: steps, schemes, masks, and that the objective returns one number."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MaskError, ObjectiveError, StepError
+from .base import Mask
+
+
+def check_mu(mu: float) -> float:
+    value = float(mu)
+    if not (math.isfinite(value) and value > 0):
+        raise StepError(f"mu must be a positive finite step in weight units, got {mu!r}. The paper's is 5e-3.")
+    return value
+
+
+def check_scheme(scheme: str, known: Collection[str]) -> str:
+    if scheme not in known:
+        raise ValueError(f"scheme must be one of {', '.join(map(repr, known))}, got {scheme!r}")
+    return scheme
+
+
+def check_loss(loss: Any, where: str = "before any perturbation") -> float:
+    """The objective's result as a float. Raises :class:`ObjectiveError` unless it is one finite real number."""
+    if not isinstance(loss, Tensor):
+        raise ObjectiveError(
+            f"objective(model, batch) must return a tensor with one element, got {type(loss).__name__}. "
+            "Return the loss itself, for example torch.nn.functional.cross_entropy(model(x), y)."
+        )
+    if loss.numel() != 1:
+        raise ObjectiveError(
+            f"objective(model, batch) must return one number, got a tensor of shape {list(loss.shape)}. "
+            "Reduce it, for example with .mean()."
+        )
+    if loss.is_complex():
+        raise ObjectiveError(f"objective(model, batch) must return a real number, got dtype {loss.dtype}.")
+    return check_finite(float(loss.detach()), where)
+
+
+def check_finite(value: float, where: str) -> float:
+    if not math.isfinite(value):
+        raise ObjectiveError(
+            f"the loss is {value} {where}, so no difference of it means anything. "
+            "Check the batch and the weights for nan/inf, or lower the learning rate or mu."
+        )
+    return value
+
+
+def selected(model: nn.Module, mask: Mask | None) -> dict[str, Tensor]:
+    """Parameter name -> bool tensor of its shape and device, for parameters with at least one selected coordinate.
+
+    ``mask=None`` selects every parameter that requires grad. Raises :class:`MaskError` for unknown names, wrong
+    dtypes or shapes, frozen parameters, second names of a tied tensor, and a mask that selects nothing.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if mask is None:
+        chosen = {name: torch.ones_like(p, dtype=torch.bool) for name, p in trainable.items()}
+    else:
+        every = dict(model.named_parameters(remove_duplicate=False))
+        for name, m in mask.items():
+            _check(name, m, every, trainable)
+        chosen = {name: mask[name].to(p.device) for name, p in trainable.items() if name in mask}
+    chosen = {name: m for name, m in chosen.items() if bool(m.any())}
+    if chosen:
+        return chosen
+    raise MaskError(
+        "the model has no parameter that requires grad, so there is nothing to estimate."
+        if mask is None
+        else "the mask selects no coordinate: no query would be made and the gradient would be zero. "
+        "Select at least one, or pass mask=None for every parameter."
+    )
+
+
+def _check(name: str, mask: Any, every: dict[str, nn.Parameter], trainable: dict[str, nn.Parameter]) -> None:
+    if name not in every:
+        near = difflib.get_close_matches(str(name), trainable, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Parameters are: {_some(sorted(trainable))}."
+        raise MaskError(f"the mask names {name!r}, which is no parameter of the model. {hint}")
+    if name not in trainable:
+        twin = next((n for n, p in trainable.items() if p is every[name]), None)
+        hint = (
+            f"it is the same tensor as {twin!r}: mask that name"
+            if twin
+            else "it does not require grad: call .requires_grad_(True) on it or leave it out"
+        )
+        raise MaskError(f"the mask names {name!r}, which cannot be estimated: {hint}.")
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise MaskError(f"mask[{name!r}] must be a bool tensor, got {got}. Use .bool(), or scores > threshold.")
+    if mask.shape != trainable[name].shape:
+        raise MaskError(
+            f"mask[{name!r}] must have the parameter's shape {list(trainable[name].shape)}, got {list(mask.shape)}."
+        )
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
