@@ -249,12 +249,12 @@ void attend(Operand<In> dq, Operand<In> dk, Operand<In> dv, Operand<float> q, Op
         }
         product(left, inner, rows, keys, inner, kept + S, kept_row, wide);
         for (int64_t i = 0; i < rows; i += kTogether) {
-          float* row = kept + i * kept_row;
-          softmax_rows(row + S, kept_row, prob + i * S, row, kept_row, lesser(kTogether, rows - i), S);
-        }
-        if (has_dv) {
-          for (int64_t i = 0; i < rows; ++i) {
-            scaled_sum(prob + i * S, kept + i * kept_row, 1.0f, kept + i * kept_row + S, S);
+          float *change = kept + i * kept_row, *score = change + S;
+          const int64_t count = lesser(kTogether, rows - i);
+          if (has_dv) {
+            softmax_rows<true>(score, kept_row, prob + i * S, change, kept_row, score, count, S);
+          } else {
+            softmax_rows<false>(score, kept_row, prob + i * S, change, kept_row, nullptr, count, S);
           }
         }
         product(kept, kept_row, rows, values, outer, to, H * E, E);

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kRun = 8;        // float32 terms that a lane adds before the sum goes on in float64
 constexpr int64_t kTogether = 8;   // rows whose logarithms and divisions overlap
 constexpr float kLargest = 60.0f;  // exp of more would come close to infinity
+constexpr float kSmall = 0.34f;    // exp of less needs no reduction
 
 DZ_INLINE double log1p_of(double x) {
   if (x < 1e-3 && x > -1e-3)  // what is left out is below 2e-16 of it
@@ -24,24 +25,45 @@ DZ_INLINE Vec counted(Vec d, Vec p) { return p == 0.0f ? Vec{} : d; }
 // exp(d) - 1, infinite past kLargest.
 DZ_INLINE Vec growth(Vec d) { return d > kLargest ? Vec{} + HUGE_VALF : expm1_vec(d); }
 
+#if defined(__AVX512F__)
+DZ_INLINE bool any(Mask m) {
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(m), reinterpret_cast<__m512i>(m)) != 0;
+}
+#elif defined(__AVX2__)
+DZ_INLINE bool any(Mask m) { return _mm256_movemask_ps(reinterpret_cast<__m256>(m)) != 0; }
+#else
+DZ_INLINE bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+#endif
+
+// The part of a run that lies in whole registers. kNear: every |d| is at most kSmall, which gives the same bits in less
+// time.
+template <bool kKeep, bool kNear>
+DZ_INLINE Vec sum_of_run(const float* d, const float* p, float* change, int64_t count) {
+  Vec part = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec prob = load<Vec>(p + i), kept = counted(load<Vec>(d + i), prob);
+    const Vec e = kNear ? expm1_near(kept) : growth(kept);
+    part += prob * e;
+    if (kKeep) store(change + i, e);
+  }
+  return part;
+}
+
 // sum_k p_k expm1(d_k) = exp(m) - 1; infinite where a d_k is past kLargest. Also leaves expm1(d) in `change`.
 template <bool kKeep>
 double sum_of(const float* d, const float* p, float* change, int64_t K) {
   Double8 total = {};
-  for (int64_t i = 0; i < K;) {
-    Vec part = {};
-    const int64_t end = lesser(K, i + kRun * kLanes);
-    for (; i + kLanes <= end; i += kLanes) {
-      const Vec prob = load<Vec>(p + i), e = growth(counted(load<Vec>(d + i), prob));
+  for (int64_t i = 0; i < K; i += kRun * kLanes) {
+    const int64_t size = lesser(K - i, kRun * kLanes), whole = size / kLanes * kLanes;
+    Mask large = {};
+    for (int64_t j = i; j < i + whole; j += kLanes) large |= absolute(load<Vec>(d + j)) > kSmall;
+    Vec part = any(large) ? sum_of_run<kKeep, false>(d + i, p + i, kKeep ? change + i : nullptr, whole)
+                          : sum_of_run<kKeep, true>(d + i, p + i, kKeep ? change + i : nullptr, whole);
+    if (whole < size) {
+      const int64_t at = i + whole, n = size - whole;
+      const Vec prob = load_some(p + at, n), e = growth(counted(load_some(d + at, n), prob));
       part += prob * e;
-      if (kKeep) store(change + i, e);
-    }
-    if (i < end) {
-      const int64_t n = end - i;
-      const Vec prob = load_some(p + i, n), e = growth(counted(load_some(d + i, n), prob));
-      part += prob * e;
-      if (kKeep) store_some(change + i, e, n);
-      i = end;
+      if (kKeep) store_some(change + at, e, n);
     }
     total += widen_sum(part);
   }
@@ -66,30 +88,46 @@ Shift far_shift(const float* d, const float* p, int64_t K) {
 // Whether moved is in the range of the form that takes expm1 of each d; not so for NaN.
 DZ_INLINE bool near(double moved) { return moved > -0.5 && moved < HUGE_VAL; }
 
-// out = p expm1(d - m) with expm1(d - m) = (expm1(d) - moved) / (1 + moved); out holds expm1(d).
-void finish(const float* p, float* out, double moved, int64_t K) {
+// out = p expm1(d - m) with expm1(d - m) = (expm1(d) - moved) / (1 + moved); out holds expm1(d). With kAfter also
+// after = p + out.
+template <bool kAfter>
+void finish(const float* p, float* out, float* after, double moved, int64_t K) {
   const float shift = static_cast<float>(moved), scale = static_cast<float>(1.0 / (1.0 + moved));
   int64_t k = 0;
-  for (; k + kLanes <= K; k += kLanes) store(out + k, load<Vec>(p + k) * ((load<Vec>(out + k) - shift) * scale));
-  if (k < K) store_some(out + k, load_some(p + k, K - k) * ((load_some(out + k, K - k) - shift) * scale), K - k);
+  for (; k + kLanes <= K; k += kLanes) {
+    const Vec prob = load<Vec>(p + k), change = prob * ((load<Vec>(out + k) - shift) * scale);
+    store(out + k, change);
+    if (kAfter) store(after + k, prob + change);
+  }
+  if (k < K) {
+    const Vec prob = load_some(p + k, K - k), change = prob * ((load_some(out + k, K - k) - shift) * scale);
+    store_some(out + k, change, K - k);
+    if (kAfter) store_some(after + k, prob + change, K - k);
+  }
 }
 
-void finish_far(const float* d, const float* p, float* out, int64_t K) {
+template <bool kAfter>
+void finish_far(const float* d, const float* p, float* out, float* after, int64_t K) {
   const Shift m = far_shift(d, p, K);
-  for (int64_t k = 0; k < K; ++k)
+  for (int64_t k = 0; k < K; ++k) {
     out[k] = p[k] == 0.0f ? 0.0f : static_cast<float>(p[k] * expm1((d[k] - m.top) - m.rest));
+    if (kAfter) after[k] = p[k] + out[k];
+  }
 }
 
-// out = p expm1(d - m) for at most kTogether rows.
-void softmax_rows(const float* d, int64_t d_row, const float* p, float* out, int64_t out_row, int64_t count,
-                  int64_t K) {
+// out = p expm1(d - m) for at most kTogether rows. With kAfter also after = p + out, whose rows are as far apart as
+// those of d, which it may replace.
+template <bool kAfter>
+void softmax_rows(const float* d, int64_t d_row, const float* p, float* out, int64_t out_row, float* after,
+                  int64_t count, int64_t K) {
   double moved[kTogether];
   for (int64_t i = 0; i < count; ++i) moved[i] = sum_of<true>(d + i * d_row, p + i * K, out + i * out_row, K);
   for (int64_t i = 0; i < count; ++i) {
+    float* next = kAfter ? after + i * d_row : nullptr;
     if (near(moved[i])) {
-      finish(p + i * K, out + i * out_row, moved[i], K);
+      finish<kAfter>(p + i * K, out + i * out_row, next, moved[i], K);
     } else {
-      finish_far(d + i * d_row, p + i * K, out + i * out_row, K);
+      finish_far<kAfter>(d + i * d_row, p + i * K, out + i * out_row, next, K);
     }
   }
 }

@@ -32,7 +32,7 @@ void DZ_KERNEL(softmax_difference)(const float* delta, const float* p, float* ou
       const float *d = delta + (at * R + r) * K, *prob = p + r * K;
       float* to = out + (at * R + r) * K;
       if (!log) {
-        softmax_rows(d, K, prob, to, K, count, K);
+        softmax_rows<false>(d, K, prob, to, K, nullptr, count, K);
         continue;
       }
       double moved[kTogether];
