@@ -3,7 +3,7 @@
 namespace dz {
 namespace {
 
-constexpr int64_t kPanel = 4;     // registers of columns in a panel
+constexpr int64_t kPanel = kLanes == 16 ? 4 : 2;  // registers of columns in a panel
 constexpr int64_t kRows = 64;     // rows of a block, of which the inner product with all columns is kept
 constexpr int64_t kKept = 65536;  // and at most so many numbers
 
@@ -155,9 +155,18 @@ void panel_product(const float* left, int64_t left_row, int64_t rows, const floa
   }
 }
 
-// Rows of a tile: the sums fill at most half of the 32 (AVX-512) or three quarters of the 16 registers.
-constexpr int tile_rows(int registers) {
-  return kLanes == 16 ? (registers == 1 ? 8 : registers == 2 ? 8 : 4) : (registers == 1 ? 8 : registers == 4 ? 2 : 4);
+// Rows of a tile: its sums fill at most half of the 32 (AVX-512) or three quarters of the 16 registers.
+constexpr int tile_rows(int registers) { return kLanes == 16 ? 8 / ((registers + 1) / 2) : registers == 1 ? 8 : 6; }
+
+// The panel that has room for `columns`, but no whole register too many.
+template <int REGISTERS, typename Out>
+void fitting_product(const float* left, int64_t left_row, int64_t rows, const float* panel, int64_t depth, Out* out,
+                     int64_t out_row, int64_t columns) {
+  if (columns > (REGISTERS - 1) * kLanes) {
+    panel_product<tile_rows(REGISTERS), REGISTERS>(left, left_row, rows, panel, depth, out, out_row, columns);
+  } else if constexpr (REGISTERS > 1) {
+    fitting_product<REGISTERS - 1>(left, left_row, rows, panel, depth, out, out_row, columns);
+  }
 }
 
 // out[rows, columns] = left[rows, depth] times a packed matrix.
@@ -165,22 +174,7 @@ template <typename Out>
 void product(const float* left, int64_t left_row, int64_t rows, const float* packed, int64_t depth, Out* out,
              int64_t out_row, int64_t columns) {
   for (int64_t c = 0; c < columns; c += kPanel * kLanes) {
-    const float* panel = packed + c * depth;
-    Out* to = out + c;
-    const int64_t left_over = columns - c;
-    switch (lesser(kPanel, ceil_div(left_over, kLanes))) {
-      case 1:
-        panel_product<tile_rows(1), 1>(left, left_row, rows, panel, depth, to, out_row, left_over);
-        break;
-      case 2:
-        panel_product<tile_rows(2), 2>(left, left_row, rows, panel, depth, to, out_row, left_over);
-        break;
-      case 3:
-        panel_product<tile_rows(3), 3>(left, left_row, rows, panel, depth, to, out_row, left_over);
-        break;
-      default:
-        panel_product<tile_rows(4), 4>(left, left_row, rows, panel, depth, to, out_row, left_over);
-    }
+    fitting_product<kPanel>(left, left_row, rows, packed + c * depth, depth, out + c, out_row, columns - c);
   }
 }
 
