@@ -141,17 +141,23 @@ DZ_INLINE void tile(const float* left, int64_t left_row, const float* panel, int
   }
 }
 
-// The last tile overlaps the one before it and writes the same values again.
+// The last tile, which may be half of one, overlaps the one before it and writes the same values again.
 template <int ROWS, int REGISTERS, typename Out>
 void panel_product(const float* left, int64_t left_row, int64_t rows, const float* panel, int64_t depth, Out* out,
                    int64_t out_row, int64_t columns) {
-  if (rows >= ROWS) {
-    for (int64_t i = 0; i < rows; i += ROWS) {
-      const int64_t at = lesser(i, rows - ROWS);
-      tile<ROWS, REGISTERS>(left + at * left_row, left_row, panel, depth, out + at * out_row, out_row, columns);
-    }
-  } else if constexpr (ROWS > 1) {
-    panel_product<ROWS / 2, REGISTERS>(left, left_row, rows, panel, depth, out, out_row, columns);
+  constexpr int half = (ROWS + 1) / 2;
+  int64_t i = 0;
+  for (; i + half < rows && rows >= ROWS; i += ROWS) {
+    const int64_t at = lesser(i, rows - ROWS);
+    tile<ROWS, REGISTERS>(left + at * left_row, left_row, panel, depth, out + at * out_row, out_row, columns);
+  }
+  if (i >= rows) return;
+  if constexpr (ROWS > 1) {
+    const int64_t at = rows >= ROWS ? rows - half : 0;
+    panel_product<half, REGISTERS>(left + at * left_row, left_row, rows - at, panel, depth, out + at * out_row, out_row,
+                                   columns);
+  } else {
+    tile<1, REGISTERS>(left + i * left_row, left_row, panel, depth, out + i * out_row, out_row, columns);
   }
 }
 

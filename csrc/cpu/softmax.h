@@ -35,16 +35,22 @@ DZ_INLINE bool any(Mask m) { return _mm256_movemask_ps(reinterpret_cast<__m256>(
 DZ_INLINE bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 #endif
 
-// The part of a run that lies in whole registers. kNear: every |d| is at most kSmall, which gives the same bits in less
-// time.
+// One run. kNear: every |d| is at most kSmall, which gives the same bits in less time.
 template <bool kKeep, bool kNear>
 DZ_INLINE Vec sum_of_run(const float* d, const float* p, float* change, int64_t count) {
   Vec part = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec prob = load<Vec>(p + i), kept = counted(load<Vec>(d + i), prob);
-    const Vec e = kNear ? expm1_near(kept) : growth(kept);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec prob = load<Vec>(p + i), logit = counted(load<Vec>(d + i), prob);
+    const Vec e = kNear ? expm1_near(logit) : growth(logit);
     part += prob * e;
     if (kKeep) store(change + i, e);
+  }
+  if (i < count) {
+    const Vec prob = load_some(p + i, count - i), logit = counted(load_some(d + i, count - i), prob);
+    const Vec e = kNear ? expm1_near(logit) : growth(logit);
+    part += prob * e;
+    if (kKeep) store_some(change + i, e, count - i);
   }
   return part;
 }
@@ -54,18 +60,14 @@ template <bool kKeep>
 double sum_of(const float* d, const float* p, float* change, int64_t K) {
   Double8 total = {};
   for (int64_t i = 0; i < K; i += kRun * kLanes) {
-    const int64_t size = lesser(K - i, kRun * kLanes), whole = size / kLanes * kLanes;
+    const int64_t end = lesser(K, i + kRun * kLanes);
     Mask large = {};
-    for (int64_t j = i; j < i + whole; j += kLanes) large |= absolute(load<Vec>(d + j)) > kSmall;
-    Vec part = any(large) ? sum_of_run<kKeep, false>(d + i, p + i, kKeep ? change + i : nullptr, whole)
-                          : sum_of_run<kKeep, true>(d + i, p + i, kKeep ? change + i : nullptr, whole);
-    if (whole < size) {
-      const int64_t at = i + whole, n = size - whole;
-      const Vec prob = load_some(p + at, n), e = growth(counted(load_some(d + at, n), prob));
-      part += prob * e;
-      if (kKeep) store_some(change + at, e, n);
-    }
-    total += widen_sum(part);
+    int64_t j = i;
+    for (; j + kLanes <= end; j += kLanes) large |= absolute(load<Vec>(d + j)) > kSmall;
+    if (j < end) large |= absolute(load_some(d + j, end - j)) > kSmall;
+    float* to = kKeep ? change + i : nullptr;
+    total += widen_sum(any(large) ? sum_of_run<kKeep, false>(d + i, p + i, to, end - i)
+                                  : sum_of_run<kKeep, true>(d + i, p + i, to, end - i));
   }
   return total_of(total);
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dzkernels
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, small_ints, strided
 
 U = UNIT[torch.float32]
 MOVES = ("dq", "dk", "dv")
@@ -168,6 +168,17 @@ def test_huge_changes(runner: str) -> None:
         got = dzkernels.attention_difference(**args)
     wanted = args["v"][:, 2:3].double() - args["p"].double() @ args["v"].double()
     assert_bounded(got[0], wanted, 64 * U)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_every_number_of_rows_and_columns(runner: str) -> None:
+    """Small numbers, so that products alone (dv) are exact: each tile shape, with each rest of rows and columns."""
+    for size in range(1, 40):
+        dv = small_ints(1, 1, 9, size, seed=1)
+        p = small_ints(1, 40 - size, 9, seed=2).abs() / 4
+        q, k, v = torch.zeros(1, 40 - size, 2), torch.zeros(1, 9, 2), torch.zeros(1, 9, size)
+        with running(runner):
+            assert_exact(dzkernels.attention_difference(None, None, dv, q, k, v, p, scale=1.0)[0], p @ dv[0])
 
 
 @pytest.mark.parametrize("half_in", [False, True])
