@@ -95,6 +95,12 @@ def _softmax(p: int, r: int, m: int) -> Any:
     return (delta, logits.softmax(1)), {}
 
 
+def _attention(p: int, b: int, t: int, d: int) -> Any:
+    q, k, v = torch.randn(3, b, t, d)
+    moved = 1e-2 * torch.randn(3, p, b, t, d)
+    return (*moved, q, k, v, (q @ k.mT * d**-0.5).softmax(-1)), {"scale": d**-0.5}
+
+
 def _products(p: int, n: int, c: int, size: int) -> float:
     return 2.0 * 9 * p * n * c * size**2
 
@@ -114,6 +120,7 @@ KERNELS = (
     Kernel("gelu_difference", "W4, P 4", lambda: (_rows(4, 1024, 384), {})),
     Kernel("layer_norm_difference", "W4, P 16", lambda: _layer_norm(16, 1024, 96)),
     Kernel("softmax_difference", "W4 attention, P 4", lambda: _softmax(4, 16 * 3 * 64, 64)),
+    Kernel("attention_difference", "W4, P 4", lambda: _attention(4, 16 * 3, 64, 32), 8.0 * 4 * 48 * 64**2 * 32),
 )
 
 
