@@ -1,8 +1,8 @@
 """Model + objective -> a graph of Core ATen ops whose inputs are the parameters, the buffers and the batch.
 
 The capture is ``torch.export`` in the modes the modules are in, decomposed to Core ATen. Dropout stays one op (its
-mask is drawn by the base pass), linear layers and cross-entropy stay one op each (their rules are better than those
-of their parts), attention and recurrent layers appear in their plain forms.
+mask is drawn by the base pass), linear layers, cross-entropy and attention without dropout stay one op each, other
+attention and recurrent layers appear in their plain forms.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from .errors import CaptureError
@@ -96,11 +97,32 @@ def _plain_forms() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-def _decompositions() -> Any:
-    table = torch.export.default_decompositions()
-    for op in (aten.linear.default, aten.cross_entropy_loss.default):
-        table.pop(op, None)
-    return table
+_WHOLE = (
+    aten.linear.default,
+    aten.cross_entropy_loss.default,
+    aten.scaled_dot_product_attention.default,
+)
+"""Ops that are not Core ATen and stay one node: their rules are better than those of their parts."""
+
+
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """To Core ATen but for the ops above; attention that draws a dropout mask or groups heads comes in its parts."""
+    for whole in (_WHOLE, _WHOLE[:2]):
+        table = torch.export.default_decompositions()
+        for op in whole:
+            table.pop(op, None)
+        result = program.run_decompositions(table)
+        if not any(_needs_parts(node) for node in result.graph.nodes):
+            break
+    return result
+
+
+def _needs_parts(node: fx.Node) -> bool:
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return False
+    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    leading = {tuple(n.meta["val"].shape[:-2]) for n in node.args[:3] if isinstance(n, fx.Node)}
+    return dropout != 0.0 or bool(node.kwargs.get("enable_gqa")) or len(leading) > 1
 
 
 @contextlib.contextmanager
@@ -128,7 +150,7 @@ def capture(bound: Bound) -> Graph:
     try:
         with warnings.catch_warnings(action="ignore"), _plain_forms(), _attributes_restored(model):
             program = torch.export.export(bound, tuple(bound.tensors), strict=False)
-            program = program.run_decompositions(_decompositions())
+            program = _decomposed(program)
     except Exception as error:  # whatever stops the tracer is the reason we report
         reason = str(error).strip().splitlines()
         raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error

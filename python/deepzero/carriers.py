@@ -131,7 +131,7 @@ def add(a: Carrier, b: Carrier) -> Carrier:
         out = out.clone() if isinstance(a, Dense) else out
         rows = torch.arange(len(out), device=out.device)
         moved = out.movedim(b.dim + 1, 1)
-        moved[rows, b.channel] = moved[rows, b.channel] + b.values
+        moved[rows, b.channel] = (moved[rows, b.channel] + b.values).to(out.dtype)
         return Dense(out)
     return Dense(dense(a) + dense(b))
 

@@ -82,8 +82,8 @@ class Block:
         return rounded(value, self.dtype)
 
     def product(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """A convolution or matrix product of differences in the operand dtype, its result in the query dtype."""
-        return function(*(t.to(self.operands) for t in tensors)).to(self.dtype)
+        """A convolution or matrix product of differences in the operand dtype; its result stays there for the next."""
+        return function(*(t.to(self.operands) for t in tensors))
 
     def follow(self, node: fx.Node) -> Any:
         """The carrier of one node, by its rule."""

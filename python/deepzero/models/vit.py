@@ -22,8 +22,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, tokens, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        weights = torch.softmax(q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5, dim=-1)
-        x = x + self.project((weights @ v).transpose(1, 2).reshape(n, tokens, width))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.project(attended.transpose(1, 2).reshape(n, tokens, width))
         return cast("Tensor", x + self.down(F.gelu(self.up(self.norm2(x)))))
 
 

@@ -1,6 +1,6 @@
 """Difference rules of the Core ATen ops, one module per family. Importing this package fills the table."""
 
-from . import linear, loss, norm, pointwise, pool, reduce, shape, softmax
+from . import attention, linear, loss, norm, pointwise, pool, reduce, shape, softmax
 from .table import RULES, Rule, rule
 
-__all__ = ["RULES", "Rule", "linear", "loss", "norm", "pointwise", "pool", "reduce", "rule", "shape", "softmax"]
+__all__ = ["RULES", "Rule", "attention", "linear", "loss", "norm", "pointwise", "pool", "reduce", "rule", "shape", "softmax"]

@@ -85,7 +85,7 @@ def _shared_product(run: Block, node: fx.Node, x: Any, w: Any, *, transposed: bo
             column = column.reshape(len(column), *[1] * last, -1)
             total = Dense(dx.values.unsqueeze(-1) * column)
         else:
-            total = Dense(run.product(F.linear, dense(dx), weight))
+            total = Dense(run.product(F.linear, dense(run.raw(x)), weight))
     if dw is not Zero:
         total = carriers.add(total, _weight_moves(run, x, dx, dw, shape, transposed))
     return total
@@ -152,10 +152,10 @@ def _batched_product(run: Block, a: Any, b: Any) -> Carrier:
     da, db = run.d(a), run.d(b)
     total: Tensor | None = None
     if da is not Zero:
-        total = run.product(torch.matmul, dense(da), run.low(b))
+        total = run.product(torch.matmul, dense(run.raw(a)), run.low(b))
     if db is not Zero:
-        right = run.product(torch.matmul, _moved(run, a, da), dense(db))
-        total = right if total is None else total + right
+        right = run.product(torch.matmul, _moved(run, a, da), dense(run.raw(b)))
+        total = right if total is None else total.to(run.dtype) + right
     return Zero if total is None else Dense(total)
 
 
@@ -238,9 +238,8 @@ def convolution(run: Block, node: Any) -> Carrier:
             total = _one_channel_in(run, conv, dx, run.low(w), shape)
         else:
             values = dense(dx)
-            images, weight = values.flatten(0, 1).to(run.operands), run.low(w).to(run.operands)
-            # the result stays in the operand dtype: what follows is mostly a fused norm that reads it as it is
-            total = Dense(conv(images, weight, conv.groups).unflatten(0, values.shape[:2]))
+            out = run.product(lambda a, k: conv(a, k, conv.groups), values.flatten(0, 1), run.low(w))
+            total = Dense(out.unflatten(0, values.shape[:2]))
     if dw is not Zero:
         total = carriers.add(total, _kernel_moves(run, conv, x, dw, shape))
     return carriers.add(total, _bias(run, node, bias, 1)) if bias is not None else total

@@ -24,7 +24,7 @@ def _nothing(*_: Any, **__: Any) -> tuple[()]:
     return ()
 
 
-@pointwise(aten.add.Tensor, aten.add.Scalar, arity=2, saves=_nothing)
+@pointwise(aten.add.Tensor, aten.add.Scalar, arity=2, saves=_nothing, half=True)
 def add(da: Tensor | None, db: Tensor | None, *_: Any, alpha: float = 1) -> Tensor:
     scaled = db if db is None or alpha == 1 else alpha * db
     return _sum(da, scaled)
@@ -38,7 +38,7 @@ def sub(da: Tensor | None, db: Tensor | None, *_: Any, alpha: float = 1) -> Tens
 def _sum(da: Tensor | None, db: Tensor | None) -> Tensor:
     if da is None or db is None:
         return da if db is None else db  # type: ignore[return-value]
-    return da + db
+    return da + db if db.dtype is not torch.bfloat16 else da + db.float()
 
 
 @pointwise(aten.rsub.Scalar, arity=1, saves=_nothing)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_alias.default)
 def view(run: Block, node: fx.Node) -> Carrier:
-    d, shape = run.d(node.args[0]), tuple(run.exact(node).shape)
+    d, shape = run.raw(node.args[0]), tuple(run.exact(node).shape)
     return _reshaped(d, shape)
 
 
 @rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.flatten.using_ints)
 def insert(run: Block, node: fx.Node) -> Carrier:
-    return _reshaped(run.d(node.args[0]), tuple(run.exact(node).shape))
+    return _reshaped(run.raw(node.args[0]), tuple(run.exact(node).shape))
 
 
 def _reshaped(d: Any, shape: tuple[int, ...]) -> Carrier:
@@ -41,14 +41,14 @@ def _reshaped(d: Any, shape: tuple[int, ...]) -> Carrier:
 
 @rule(aten.permute.default)
 def permute(run: Block, node: fx.Node) -> Carrier:
-    d = run.d(node.args[0])
+    d = run.raw(node.args[0])
     dims = [k % len(d.shape) for k in node.args[1]]  # type: ignore[union-attr,operator]
     return _permuted(d, dims)
 
 
 @rule(aten.t.default, aten.transpose.int)
 def transpose(run: Block, node: fx.Node) -> Carrier:
-    d = run.d(node.args[0])
+    d = run.raw(node.args[0])
     dims = list(range(len(d.shape)))
     a, b = node.args[1:] if len(node.args) == 3 else (0, -1)
     if dims:
@@ -68,7 +68,7 @@ def _permuted(d: Any, dims: list[int]) -> Carrier:
 
 @rule(aten.expand.default)
 def expand(run: Block, node: fx.Node) -> Carrier:
-    return _expanded(run.d(node.args[0]), tuple(run.exact(node).shape))
+    return _expanded(run.raw(node.args[0]), tuple(run.exact(node).shape))
 
 
 def _expanded(d: Any, shape: tuple[int, ...]) -> Carrier:
@@ -97,7 +97,7 @@ def copy(run: Block, node: fx.Node) -> Any:
     source = run.exact(node.args[0])
     target = run.exact(node)
     if target.is_floating_point() or source.dtype == target.dtype:
-        return run.d(node.args[0])
+        return run.raw(node.args[0])
     d = dense(run.d(node.args[0]))
     moved = source.double() + d.double()
     moved = moved != 0 if target.dtype is torch.bool else moved.to(target.dtype)
@@ -124,21 +124,21 @@ def _select_dim(node: fx.Node, dim: int) -> int | None:
     return None if worked == dim else dim - (dim > worked)
 
 
-linear(aten.slice.Tensor, follow=_other_dim(1))
-linear(aten.select.int, follow=_select_dim)
-linear(aten.index_select.default, follow=_other_dim(1))
-linear(aten.roll.default)
-linear(aten.flip.default)
+linear(aten.slice.Tensor, follow=_other_dim(1), moves=True)
+linear(aten.select.int, follow=_select_dim, moves=True)
+linear(aten.index_select.default, follow=_other_dim(1), moves=True)
+linear(aten.roll.default, moves=True)
+linear(aten.flip.default, moves=True)
 linear(aten.cumsum.default, follow=_other_dim(1))
-linear(aten.gather.default)
-linear(aten.diagonal.default)
+linear(aten.gather.default, moves=True)
+linear(aten.diagonal.default, moves=True)
 linear(aten.tril.default)
 linear(aten.triu.default)
 linear(aten.repeat.default)
 linear(aten.unfold.default)
-linear(aten.split_with_sizes.default)
-linear(aten.split.Tensor)
-linear(aten.unbind.int)
+linear(aten.split_with_sizes.default, moves=True)
+linear(aten.split.Tensor, moves=True)
+linear(aten.unbind.int, moves=True)
 linear(aten.reflection_pad1d.default)
 linear(aten.reflection_pad2d.default)
 linear(aten.reflection_pad3d.default)
@@ -163,7 +163,7 @@ linear(aten.index.Tensor)
 @rule(aten.constant_pad_nd.default)
 def constant_pad(run: Block, node: fx.Node) -> Carrier:
     """The padding does not move, whatever its value; a channel shifts by the padding before it."""
-    d, widths = run.d(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
+    d, widths = run.raw(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
     rank = len(d.shape)
     pairs = [(0, 0)] * rank
     for k in range(len(widths) // 2):

@@ -53,11 +53,11 @@ Follow = Callable[[fx.Node, int], int | None]
 """Where channel dimension ``dim`` of the input goes when it passes through the node, or None if it is mixed up."""
 
 
-def linear(op: Any, *positions: int, follow: Follow | None = None) -> None:
+def linear(op: Any, *positions: int, follow: Follow | None = None, moves: bool = False) -> None:
     """``op`` is linear in the tensors at ``positions`` together; every other argument is constant.
 
     With ``follow`` (for a single position) a OneChannel difference stays one: the op is applied to a value whose
-    channel dimension has size 1.
+    channel dimension has size 1. ``moves`` says that values are only moved about, so they may stay in half width.
     """
     positions = positions or (0,)
 
@@ -66,7 +66,7 @@ def linear(op: Any, *positions: int, follow: Follow | None = None) -> None:
         if any(run.d(n) is not Zero for n in node.all_input_nodes if not _contains(moved, n)):
             return run.fallback(node)  # an index or a mask moves: not linear any more
         if follow is not None and len(positions) == 1:
-            d = run.d(node.args[positions[0]])
+            d = run.raw(node.args[positions[0]])
             d = one_channel(d, _largest(d.shape)) if isinstance(d, OneEntry) and d.shape else d
             if isinstance(d, OneChannel):
                 target = follow(node, d.dim)
@@ -80,7 +80,7 @@ def linear(op: Any, *positions: int, follow: Follow | None = None) -> None:
         args = list(run.exact_args(node))
         for i in positions:
             if i < len(args):
-                args[i] = _dense_like(run, node.args[i])
+                args[i] = _dense_like(run, node.args[i], run.raw if moves else run.d)
         out = _batched(run, node, args, positions)
         return tuple(Dense(o) for o in out) if isinstance(out, tuple | list) else Dense(out)
 
@@ -93,13 +93,13 @@ def _contains(args: Any, node: fx.Node) -> bool:
     return node in found
 
 
-def _dense_like(run: Block, arg: Any) -> Any:
+def _dense_like(run: Block, arg: Any, read: Callable[[Any], Any]) -> Any:
     """The dense difference of a node, or of every node of a list; zeros where nothing moves."""
     if isinstance(arg, list | tuple):
-        return [_dense_like(run, a) for a in arg]
+        return [_dense_like(run, a, read) for a in arg]
     if not isinstance(arg, fx.Node):
         return arg
-    d = run.d(arg)
+    d = read(arg)
     if d is Zero:
         base = run.exact(arg)
         return torch.zeros((run.count, *base.shape), dtype=run.dtype, device=base.device)
@@ -131,13 +131,16 @@ def _named(function: Rule, name: str) -> Rule:
 # --- elementwise functions
 
 
-def pointwise(*ops: Any, arity: int = 1, saves: Callable[..., Any] | None = None, exact: bool = False) -> Any:
+def pointwise(
+    *ops: Any, arity: int = 1, saves: Callable[..., Any] | None = None, exact: bool = False, half: bool = False
+) -> Any:
     """Register an elementwise rule ``f(*differences, *saved, *rest) -> difference``.
 
     arity  how many leading arguments are tensors (or numbers) that may move; a difference is None where one does not
     saves  ``saves(*bases, *rest)`` -> tensors derived from the float64 bases, kept in the query dtype and shared by
            all blocks; by default the bases themselves
     exact  hand everything over in float64: for functions whose result jumps
+    half   differences may come in half width: the function only adds them up
     ``rest`` are the op's remaining arguments.
     """
 
@@ -157,7 +160,7 @@ def pointwise(*ops: Any, arity: int = 1, saves: Callable[..., Any] | None = None
 
             saved = run.saved(node, "pointwise", make)
             shape = tuple(run.exact(node).shape)
-            diffs, bases, wrap = align(run, operands, saved, shape)
+            diffs, bases, wrap = align(run, operands, saved, shape, run.raw if half else run.d)
             if not exact:
                 return wrap(function(*diffs, *bases, *rest, **kwargs))
             # float64 only inside: what follows meets the dtype that came in
@@ -172,7 +175,7 @@ def pointwise(*ops: Any, arity: int = 1, saves: Callable[..., Any] | None = None
 
 
 def align(
-    run: Block, operands: Sequence[Any], saved: Sequence[Any], shape: tuple[int, ...]
+    run: Block, operands: Sequence[Any], saved: Sequence[Any], shape: tuple[int, ...], read: Callable[[Any], Any]
 ) -> tuple[list[Tensor | None], list[Any], Callable[[Tensor], Carrier]]:
     """Bring differences and saved base tensors of a broadcasting op to one layout.
 
@@ -180,7 +183,7 @@ def align(
     difference lies in the same channel of the result, everything is cut down to that channel.
     """
     rank = len(shape)
-    carriers = [run.d(a) for a in operands]
+    carriers = [read(a) for a in operands]
     prepared: list[Any] = []
     for c in carriers:
         if isinstance(c, OneEntry):
@@ -244,7 +247,7 @@ def discrete(*ops: Any, arity: int = 1) -> None:
             bases = tuple(_double(run.exact(a)) for a in operands)
             before = run.exact(node)
             shape = tuple(before.shape)
-            diffs, saved, wrap = align(run, operands, (*bases, before), shape)
+            diffs, saved, wrap = align(run, operands, (*bases, before), shape, run.d)
             inputs = [
                 _typed(run, a, b if d is None else b + d.double())
                 for a, b, d in zip(operands, saved[:-1], diffs, strict=True)

@@ -1,0 +1,60 @@
+"""Scaled dot-product attention without dropout, which stays one node of the graph."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import dzkernels
+import torch
+from torch import Tensor
+
+from ..carriers import Carrier, Dense, Zero, dense
+from .table import aten, rule
+
+if TYPE_CHECKING:
+    from ..run import Block
+
+
+def _scale(node: Any, q: Tensor) -> float:
+    given = node.kwargs.get("scale")
+    return 1.0 / math.sqrt(q.shape[-1]) if given is None else float(given)
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(run: Block, node: Any) -> Carrier:
+    """softmax(scale q k^T + mask) v; q [..., T, D], k [..., S, D], v [..., S, E]."""
+    mask = node.args[3] if len(node.args) > 3 else None
+    if run.raw(mask) is not Zero:
+        return run.fallback(node)  # type: ignore[no-any-return]
+    q, k, v = (run.exact(n) for n in node.args[:3])
+    outer = q.shape[:-2]
+
+    def make() -> tuple[Tensor, ...]:
+        scores = _scale(node, q) * q @ k.transpose(-2, -1)
+        if mask is not None:
+            given = run.exact(mask)
+            scores = scores.masked_fill(~given, -math.inf) if given.dtype is torch.bool else scores + given
+        if len(node.args) > 5 and node.args[5]:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~seen, -math.inf)
+        p = torch.softmax(scores, -1).nan_to_num(0.0)  # a row that sees nothing attends to nothing
+        return tuple(_pairs(t, outer).to(run.dtype).contiguous() for t in (q, k, v, p))
+
+    base = run.saved(node, "attention", make)
+    moved = [run.raw(n) for n in node.args[:3]]
+    values = [None if d is Zero else dense(d) for d in moved]
+    if any(t is not None and t.dtype is not run.operands for t in values):
+        values = [None if t is None else t.to(run.dtype) for t in values]
+    out = dzkernels.attention_difference(
+        *(None if t is None else t.reshape(len(t), *_pairs(t[0], outer).shape) for t in values),
+        *base,
+        scale=_scale(node, q),
+        out_dtype=run.operands,
+    )
+    return Dense(out.reshape(len(out), *run.exact(node).shape))
+
+
+def _pairs(value: Tensor, outer: tuple[int, ...]) -> Tensor:
+    """[N, H, T, D] as it is; any other leading dimensions as one."""
+    return value if len(outer) == 2 else value.reshape(-1, *value.shape[-2:])
