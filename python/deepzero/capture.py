@@ -120,9 +120,9 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
 def _needs_parts(node: fx.Node) -> bool:
     if node.target is not aten.scaled_dot_product_attention.default:
         return False
-    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    dropout = bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
     leading = {tuple(n.meta["val"].shape[:-2]) for n in node.args[:3] if isinstance(n, fx.Node)}
-    return dropout != 0.0 or bool(node.kwargs.get("enable_gqa")) or len(leading) > 1
+    return dropout or bool(node.kwargs.get("enable_gqa")) or len(leading) > 1
 
 
 @contextlib.contextmanager

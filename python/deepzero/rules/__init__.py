@@ -3,4 +3,5 @@
 from . import attention, linear, loss, norm, pointwise, pool, reduce, shape, softmax
 from .table import RULES, Rule, rule
 
-__all__ = ["RULES", "Rule", "attention", "linear", "loss", "norm", "pointwise", "pool", "reduce", "rule", "shape", "softmax"]
+__all__ = ["RULES", "Rule", "attention", "linear", "loss", "norm", "pointwise", "pool", "reduce", "rule", "shape"]
+__all__ += ["softmax"]

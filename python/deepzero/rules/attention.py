@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import dzkernels
 import torch
 from torch import Tensor
+
+import dzkernels
 
 from ..carriers import Carrier, Dense, Zero, dense
 from .table import aten, rule
