@@ -13,6 +13,7 @@ from .capture import Bound
 from .engine import Whole
 from .estimators.base import Objective
 from .estimators.cge import CGE
+from .plan import table
 from .state import random_state_kept
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2, "float64": 1e-7}
@@ -77,9 +78,7 @@ class Report:
             )
             for r in self.rows
         ]
-        widths = [max(len(c[k]) for c in [head, *cells]) for k in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [head, *cells]]
-        lines.insert(1, "  ".join("-" * w for w in widths).rstrip())
+        lines = table([head, *cells])
         lines.append(f"quotients at mu = {self.mu_checked:g} in {self.precision} against plain float64 quotients")
         if not self.double:
             lines.append("the model does not run in float64: the comparison is as exact as its own precision")

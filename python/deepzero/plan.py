@@ -5,6 +5,7 @@ A plan is plain data and prints as a table.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -122,7 +123,14 @@ def route(graph: Graph, name: str, parameter: Tensor, block: int | None, width: 
 
 @dataclass
 class Line:
-    """One row of a printed plan."""
+    """One row of a printed plan.
+
+    carriers   the kinds of carrier along the way
+    flop       operations of torch's convolutions and products for one query
+    seconds    of one query, timed on one block
+    kernels    fused kernel or rule -> seconds of one query
+    fallbacks  ops without a rule
+    """
 
     parameter: str
     shape: tuple[int, ...]
@@ -133,12 +141,13 @@ class Line:
     block: int
     bytes: int
     seconds: float
+    kernels: dict[str, float]
     fallbacks: tuple[str, ...] = ()
 
 
 @dataclass
 class Plan:
-    """The printed form: one line a parameter, in the order of the model.
+    """What :meth:`CGE.plan` returns; prints as two tables: by parameter, and by kernel.
 
     queries  perturbed function values of one estimate, the base loss included
     reason   why the model runs whole as a black box, or "" when it was captured
@@ -153,26 +162,24 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted time of one estimate: one coordinate of each parameter was timed within a block."""
+        """Predicted time of one estimate: a block of each parameter was timed."""
         return sum(line.seconds * line.selected for line in self.lines)
+
+    @property
+    def kernels(self) -> dict[str, float]:
+        """Fused kernel or rule -> predicted seconds of one estimate, most expensive first."""
+        total: Counter[str] = Counter()
+        for line in self.lines:
+            for name, seconds in line.kernels.items():
+                total[name] += seconds * line.selected  # type: ignore[assignment]
+        return dict(total.most_common())
 
     def __str__(self) -> str:
         if self.reason:
             head = f"The model runs whole as a black box, {self.queries:,} full forward passes an estimate:"
             return f"{head}\n  {self.reason}"
-        titles = (
-            "parameter",
-            "shape",
-            "coordinates",
-            "ops",
-            "travels as",
-            "MFLOP/query",
-            "block",
-            "KiB/query",
-            "share",
-        )
         total = self.seconds or 1.0
-        rows = [
+        parameters = [
             (
                 line.parameter,
                 "x".join(map(str, line.shape)) or "scalar",
@@ -186,9 +193,10 @@ class Plan:
             )
             for line in self.lines
         ]
-        widths = [max(len(r[k]) for r in [titles, *rows]) for k in range(len(titles))]
-        text = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [titles, *rows]]
-        text.insert(1, "  ".join("-" * w for w in widths))
+        titles = ("parameter", "shape", "coordinates", "ops", "travels as", "torch MFLOP", "block", "KiB", "share")
+        text = [*table([titles, *parameters]), ""]
+        spent = [(name, f"{100 * seconds / total:.1f} %") for name, seconds in self.kernels.items()]
+        text += [*table([("fused kernel or rule", "share"), *spent]), ""]
         rate = self.queries / self.seconds if self.seconds else 0.0
         text.append(
             f"{self.queries:,} queries an estimate in {self.precision}, about {self.seconds:.3g} s "
@@ -198,6 +206,14 @@ class Plan:
         if slow:
             text.append("no rule, evaluated in float64 once per query: " + ", ".join(slow))
         return "\n".join(text)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as aligned lines, the first row underlined."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return lines
 
 
 def missing_rules(suffix: Sequence[fx.Node]) -> tuple[str, ...]:

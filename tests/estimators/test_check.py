@@ -97,3 +97,18 @@ def test_the_plan_prints_every_parameter() -> None:
         assert name in text
         assert f"{p.numel()}" in text
     assert f"{1 + sum(p.numel() for p in model().parameters())} queries an estimate in float32" in text
+
+
+def test_the_plan_names_the_kernel_of_each_stretch_and_its_share() -> None:
+    from deepzero.estimators import CGE
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2)
+    )
+    plan = CGE(net, lambda m, b: (m(b) - 1).pow(3).sum()).plan(torch.randn(4, 1, 8, 8))
+    fused = {name for name in plan.kernels if not name.startswith("rule ")}
+    assert fused == {"batch_norm+relu+pool (OneChannel)", "batch_norm (Dense)", "batch_norm (OneChannel)"}
+    assert any(name.startswith("rule convolution") for name in plan.kernels)
+    assert 0 < sum(plan.kernels.values()) <= plan.seconds * (1 + 1e-9)
+    assert "batch_norm+relu+pool (OneChannel)" in str(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -195,34 +196,42 @@ class CGE(EngineEstimator):
         from torch.utils.flop_counter import FlopCounterMode
 
         route = self.engine.route(base.graph, name)
-        stages: list[str] = []
-
-        def observe(step: Step, carrier: Any, fused: bool) -> None:
-            kind = describe(carrier)
-            if not stages or stages[-1] != kind:
-                stages.append(kind)
-
         part = where[: route.block]
         step = torch.full((len(part),), self.mu, dtype=self.engine.dtype, device=part.device)
         seed = {name: OneEntry(route.shape, part, step)}
         counter = FlopCounterMode(display=False)
         with counter:
-            self.engine.run(base, route.steps, seed, len(part), observe)
-        began = time.perf_counter()
-        self.engine.run(base, route.steps, seed, len(part))
-        seconds = time.perf_counter() - began
+            self.engine.run(base, route.steps, seed, len(part))
+        kinds: list[str] = []
+        kernels: Counter[str] = Counter()
+        began = last = time.perf_counter()
+
+        def observe(step: Step, carrier: Any, fused: bool) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            kind = describe(carrier)
+            if kind != "Zero":
+                kinds.append(kind)
+                label = (
+                    step.kernel if fused else f"rule {getattr(step.nodes[0].target, '__name__', step.nodes[0].target)}"
+                )
+                kernels[f"{label} ({kind})"] += now - last  # type: ignore[assignment]
+            last = now
+
+        self.engine.run(base, route.steps, seed, len(part), observe)
         signs = len(SCHEMES[self.scheme])
-        kinds = [k for k in stages if k != "Zero"]
+        each = signs / len(part)
         return Line(
             name,
             route.shape,
             len(where),
             len(route.suffix),
             " > ".join(_runs(kinds)) or "does not reach the loss",
-            counter.get_total_flops() / len(part),
+            each * counter.get_total_flops(),
             route.block,
             route.bytes,
-            signs * seconds / len(part),
+            each * (last - began),
+            {label: each * seconds for label, seconds in kernels.items()},
             missing_rules(route.suffix),
         )
 
