@@ -84,6 +84,8 @@ _REFUSALS: dict[str, Callable[[torch.device | None, torch.dtype | None], str | N
 # What kernels take beyond float32.
 _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("cpu", "dense_batch_norm"): (torch.bfloat16,),
+    ("cpu", "gelu_difference"): (torch.bfloat16,),
+    ("cpu", "layer_norm_difference"): (torch.bfloat16,),
     ("cpu", "attention_difference"): (torch.bfloat16,),
 }
 

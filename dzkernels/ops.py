@@ -398,7 +398,9 @@ def cross_entropy_difference(log_probs: Tensor, target: Tensor, dlogits: Tensor)
     return backends.run(op, dlogits, log_probs.to(torch.float64), target, dlogits)
 
 
-def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str = "none") -> Tensor:
+def gelu_difference(
+    delta: Tensor, z: Tensor, *, approximate: str = "none", out_dtype: torch.dtype | None = None
+) -> Tensor:
     """Change of GELU when its input moves.
 
     out[p] = gelu(z + delta[p]) - gelu(z), approximate as in torch.nn.functional.gelu: "none" or "tanh"
@@ -407,9 +409,12 @@ def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str = "none") -> T
 
     delta   [P, *s]  any s
     z       [*s]     base input, float64 for a float64 delta, else float32
-    result  [P, *s]  contiguous, dtype of delta
+    result  [P, *s]  contiguous
 
-    Exactness: off by at most 6 roundings of 1.13 |delta|, 1.13 being the largest slope, at any delta.
+    The result has the dtype of delta unless out_dtype is given.
+
+    Exactness: float32 arithmetic; off by at most 6 roundings of 1.13 |delta|, 1.13 being the largest slope, at any
+    delta, rounded once more to another out_dtype.
     Cost: the coefficients of z once for all P; then reads delta and writes the result, bound by memory traffic.
     """
     op = "gelu_difference"
@@ -420,11 +425,22 @@ def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str = "none") -> T
     check.of_shape(op, "z", z, tuple(delta.shape[1:]), "[*s]")
     if approximate not in ("none", "tanh"):
         raise ValueError(f"dz::{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
-    return backends.run(op, delta, delta, z, approximate=approximate)
+    if out_dtype is None:
+        out_dtype = delta.dtype
+    elif out_dtype not in check.FLOATS:
+        raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
+    return backends.run(op, delta, delta, z, approximate=approximate, out_dtype=out_dtype)
 
 
 def layer_norm_difference(
-    delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None = None, *, eps: float, centre: bool = True
+    delta: Tensor,
+    zc: Tensor,
+    var: Tensor,
+    gamma: Tensor | None = None,
+    *,
+    eps: float,
+    centre: bool = True,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Change of layer norm, group norm (rows = sample x group) or RMS norm when its input moves.
 
@@ -436,11 +452,14 @@ def layer_norm_difference(
     zc      [R, M]       base input minus its mean over the row, rounded once; float64 for a float64 delta, else float32
     var     [R] float64  mean(zc^2) of the row
     gamma   [M]          weight, float32 or float64; None means 1
-    result  [P, R, M]    contiguous, dtype of delta
+    result  [P, R, M]    contiguous
+
+    The result has the dtype of delta unless out_dtype is given.
 
     Exactness: float32 arithmetic, moments of sums of at most 8 float32 terms a lane that go on in float64. Off by at
     most 16 roundings of |gamma| * ((|delta| + |mean|) / s' + |zc| m / (s s' (s + s'))), m = mean(2 |zc d| + d^2);
-    s' comes from mean((zc + d)^2), so nothing cancels. Squares must not overflow: |delta|, |zc| < 1e18.
+    s' comes from mean((zc + d)^2), so nothing cancels; rounded once more to another out_dtype. Squares must not
+    overflow: |delta|, |zc| < 1e18.
     Cost: reads delta from memory once and from cache twice more, writes the result.
     """
     op = "layer_norm_difference"
@@ -460,7 +479,11 @@ def layer_norm_difference(
         check.same_device(op, "gamma", gamma, "delta", delta)
     if not eps >= 0:
         raise ValueError(f"dz::{op}: eps must be at least 0, got {eps}")
-    return backends.run(op, delta, delta, zc, var, gamma, eps=float(eps), centre=bool(centre))
+    if out_dtype is None:
+        out_dtype = delta.dtype
+    elif out_dtype not in check.FLOATS:
+        raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
+    return backends.run(op, delta, delta, zc, var, gamma, eps=float(eps), centre=bool(centre), out_dtype=out_dtype)
 
 
 def softmax_difference(delta: Tensor, p: Tensor, *, log: bool = False) -> Tensor:

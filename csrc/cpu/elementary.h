@@ -21,6 +21,11 @@ DZ_INLINE Vec load_some(const float* p, int64_t n) {
 DZ_INLINE void store_some(float* p, Vec v, int64_t n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
 }
+
+DZ_INLINE Vec load_some(const Bf16* p, int64_t n) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  return load_vec(reinterpret_cast<const Bf16*>(&bits));
+}
 #elif defined(__AVX2__)
 DZ_INLINE __m256i first_lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -47,6 +52,15 @@ DZ_INLINE void store_some(float* p, Vec v, int64_t n) {
 }
 #endif
 
+#if !defined(__AVX512F__)
+DZ_INLINE Vec load_some(const Bf16* p, int64_t n) {
+  if (n == kLanes) return load_vec(p);
+  Bf16 values[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) values[i] = p[i];
+  return load_vec(values);
+}
+#endif
+
 // The first `count` lanes, 0 <= count < kLanes.
 DZ_INLINE void store_first(float* to, Vec v, int64_t count) { store_some(to, v, count); }
 
@@ -61,6 +75,23 @@ DZ_INLINE void store_first(Bf16* to, Vec v, int64_t count) {
       to += size;
       from += size;
     }
+  }
+}
+
+// do_all(from, to) with delta and out as what they hold: Bf16 where `half` or `out_half` says so, else float.
+template <typename F>
+DZ_INLINE void with_types(const void* delta, bool half, void* out, bool out_half, F do_all) {
+  const auto run = [&](const auto* from) {
+    if (out_half) {
+      do_all(from, static_cast<Bf16*>(out));
+    } else {
+      do_all(from, static_cast<float*>(out));
+    }
+  };
+  if (half) {
+    run(static_cast<const Bf16*>(delta));
+  } else {
+    run(static_cast<const float*>(delta));
   }
 }
 

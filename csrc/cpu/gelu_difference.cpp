@@ -133,30 +133,30 @@ DZ_INLINE Vec far(const Base& base, int64_t i, Vec d) {
   return absolute(d) > kNear ? direct : taylor(base, i, d);
 }
 
-template <bool kTanh>
-void change(const Base& base, const float* d, float* out, int64_t size) {
+template <bool kTanh, typename In, typename Out>
+void change(const Base& base, const In* d, Out* out, int64_t size) {
   const int64_t whole = size / kLanes * kLanes;
   Mask wide = {};
   for (int64_t i = 0; i < whole; i += kLanes) {
-    const Vec v = load<Vec>(d + i);
+    const Vec v = load_vec(d + i);
     wide |= absolute(v) > kNear;
-    store(out + i, taylor(base, i, v));
+    store_vec(out + i, taylor(base, i, v));
   }
   const int64_t rest = size - whole;
   if (rest > 0) {
     const Vec v = load_some(d + whole, rest);
     wide |= absolute(v) > kNear;
-    store_some(out + whole, taylor(base, whole, v), rest);
+    store_first(out + whole, taylor(base, whole, v), rest);
   }
   int32_t any = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) any |= wide[lane];
   if (any == 0) return;
-  for (int64_t i = 0; i < whole; i += kLanes) store(out + i, far<kTanh>(base, i, load<Vec>(d + i)));
-  if (rest > 0) store_some(out + whole, far<kTanh>(base, whole, load_some(d + whole, rest)), rest);
+  for (int64_t i = 0; i < whole; i += kLanes) store_vec(out + i, far<kTanh>(base, i, load_vec(d + i)));
+  if (rest > 0) store_first(out + whole, far<kTanh>(base, whole, load_some(d + whole, rest)), rest);
 }
 
-template <bool kTanh>
-void all(const float* delta, const float* z, float* out, int64_t P, int64_t S) {
+template <bool kTanh, typename In, typename Out>
+void all(const In* delta, const float* z, Out* out, int64_t P, int64_t S) {
   const int64_t tiles = ceil_div(S, kTile);
   // Each piece makes the coefficients of its tile; few tiles are split by perturbations as well. No element depends on
   // the split.
@@ -176,13 +176,16 @@ void all(const float* delta, const float* z, float* out, int64_t P, int64_t S) {
 
 }  // namespace
 
-void DZ_KERNEL(gelu_difference)(const float* delta, const float* z, float* out, int64_t P, int64_t S, bool tanh) {
+void DZ_KERNEL(gelu_difference)(const void* delta, const float* z, void* out, int64_t P, int64_t S, bool tanh,
+                                bool half, bool out_half) {
   if (P == 0 || S == 0) return;
-  if (tanh) {
-    all<true>(delta, z, out, P, S);
-  } else {
-    all<false>(delta, z, out, P, S);
-  }
+  with_types(delta, half, out, out_half, [&](const auto* from, auto* to) {
+    if (tanh) {
+      all<true>(from, z, to, P, S);
+    } else {
+      all<false>(from, z, to, P, S);
+    }
+  });
 }
 
 }  // namespace dz

@@ -61,39 +61,50 @@ Moments moments(const float* d, const float* zc, float shift, int64_t M) {
 }
 
 // out = gamma (a (d - shift - rest) - b zc)
-template <bool kGamma>
-void normalise(const float* d, const float* zc, const float* gamma, float* out, float shift, float rest, float a,
-               float b, int64_t M) {
+template <bool kGamma, typename Out>
+void normalise(const float* d, const float* zc, const float* gamma, Out* out, float shift, float rest, float a, float b,
+               int64_t M) {
   int64_t i = 0;
   for (; i + kLanes <= M; i += kLanes) {
     const Vec y = a * ((load<Vec>(d + i) - shift) - rest) - b * load<Vec>(zc + i);
-    store(out + i, kGamma ? load<Vec>(gamma + i) * y : y);
+    store_vec(out + i, kGamma ? load<Vec>(gamma + i) * y : y);
   }
   if (i < M) {
     const int64_t n = M - i;
     const Vec y = a * ((load_some(d + i, n) - shift) - rest) - b * load_some(zc + i, n);
-    store_some(out + i, kGamma ? load_some(gamma + i, n) * y : y, n);
+    store_first(out + i, kGamma ? load_some(gamma + i, n) * y : y, n);
   }
 }
 
-}  // namespace
+const float* as_floats(const float* from, float*, int64_t) { return from; }
+
+const float* as_floats(const Bf16* from, float* to, int64_t size) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(to + i, load_vec(from + i));
+  if (i < size) store_some(to + i, load_some(from + i, size - i), size - i);
+  return to;
+}
 
 // The mean is taken in two rounds, sum(d) and then the sum of what is left of d, so that a constant d gives 0. The new
 // variance is always the mean of (zc + dzc)^2, which cannot cancel as var + dvar would.
-void DZ_KERNEL(layer_norm_difference)(const float* delta, const float* zc, const double* var, const float* gamma,
-                                      float* out, double eps, int64_t P, int64_t R, int64_t M, bool centre) {
-  if (M == 0) return;
+template <typename In, typename Out>
+void all(const In* delta, const float* zc, const double* var, const float* gamma, Out* out, double eps, int64_t P,
+         int64_t R, int64_t M, bool centre) {
   const double size = static_cast<double>(M);
   const int64_t rows = greater(1, lesser(R, kTile / M)), tiles = ceil_div(R, rows);
   const int64_t together = greater(1, lesser(kTogether, kTile / 4 / M));  // they stay in L1
+  // Bfloat16 rows in float32, as they are read three times.
+  const int64_t held = sizeof(In) == sizeof(float) ? 0 : ceil_div(together * M, 16) * 16;
+  Scratch<float> wide(omp_get_max_threads() * held);
 #pragma omp parallel for schedule(static)
   for (int64_t piece = 0; piece < tiles * P; ++piece) {
     const int64_t start = piece / P * rows, p = piece % P;
     const int64_t stop = lesser(R, start + rows);
     for (int64_t r = start; r < stop; r += together) {
       const int64_t count = lesser(together, stop - r);
-      const float *d = delta + (p * R + r) * M, *z = zc + r * M;
-      float* to = out + (p * R + r) * M;
+      const float* d = as_floats(delta + (p * R + r) * M, wide.data + omp_get_thread_num() * held, count * M);
+      const float* z = zc + r * M;
+      Out* to = out + (p * R + r) * M;
       float shift[kTogether] = {}, rest[kTogether], a[kTogether], b[kTogether];
       if (centre) {
         for (int64_t i = 0; i < count; ++i) shift[i] = static_cast<float>(sum_of(d + i * M, M) / size);
@@ -116,6 +127,16 @@ void DZ_KERNEL(layer_norm_difference)(const float* delta, const float* zc, const
       }
     }
   }
+}
+
+}  // namespace
+
+void DZ_KERNEL(layer_norm_difference)(const void* delta, const float* zc, const double* var, const float* gamma,
+                                      void* out, double eps, int64_t P, int64_t R, int64_t M, bool centre, bool half,
+                                      bool out_half) {
+  if (M == 0) return;
+  with_types(delta, half, out, out_half,
+             [&](const auto* from, auto* to) { all(from, zc, var, gamma, to, eps, P, R, M, centre); });
 }
 
 }  // namespace dz

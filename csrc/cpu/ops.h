@@ -59,15 +59,15 @@
                                 const float* dlogits,  /* [P, N, K]                                                */  \
                                 double* out,           /* [P]                                                      */  \
                                 int64_t P, int64_t N, int64_t K))                                                      \
-  OP(gelu_difference, (const float* delta, /* [P, S]                                                               */  \
+  OP(gelu_difference, (const void* delta, /* [P, S] float32, or bfloat16 with half                                 */  \
                        const float* z,     /* [S]                                                                  */  \
-                       float* out,         /* [P, S]                                                               */  \
-                       int64_t P, int64_t S, bool tanh))                                                               \
-  OP(layer_norm_difference, (const float* delta, /* [P, R, M]                                                      */  \
+                       void* out,          /* [P, S] float32, or bfloat16 with out_half                            */  \
+                       int64_t P, int64_t S, bool tanh, bool half, bool out_half))                                     \
+  OP(layer_norm_difference, (const void* delta, /* [P, R, M] float32, or bfloat16 with half                        */  \
                              const float* zc, const double* var, /* [R, M], [R]                                    */  \
                              const float* gamma, /* [M] or null: 1                                                 */  \
-                             float* out,   /* [P, R, M]                                                            */  \
-                             double eps, int64_t P, int64_t R, int64_t M, bool centre))                                \
+                             void* out,    /* [P, R, M] float32, or bfloat16 with out_half                         */  \
+                             double eps, int64_t P, int64_t R, int64_t M, bool centre, bool half, bool out_half))      \
   OP(softmax_difference, (const float* delta, /* [P, R, K]                                                         */  \
                           const float* p,  /* [R, K]                                                               */  \
                           float* out,      /* [P, R, K]                                                            */  \

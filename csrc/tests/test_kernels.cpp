@@ -73,6 +73,38 @@ float from_half(uint16_t v) {
   return value;
 }
 
+// A tensor that may be bfloat16, in memory of just its size.
+struct Halves {
+  explicit Halves(const Floats& values) {
+    for (const float v : values) bits.push_back(to_half(v));
+  }
+  Floats floats() const {
+    Floats values;
+    for (const uint16_t v : bits) values.push_back(from_half(v));
+    return values;
+  }
+  std::vector<uint16_t> bits;
+};
+
+// run(delta, half, out, out_half) with both types of both. All results are those in float32, rounded once to bfloat16
+// where they are that; `wanted` belongs to a delta that bfloat16 holds.
+template <typename Run>
+void compare_types(const std::string& what, const Floats& delta, const Floats& wanted, double tolerance, Run run) {
+  const Halves narrow(delta);
+  Floats plain = poisoned(static_cast<int64_t>(wanted.size()));
+  run(static_cast<const void*>(delta.data()), false, static_cast<void*>(plain.data()), false);
+  compare(what, plain, wanted, tolerance);
+  for (const bool half : {false, true}) {
+    const void* from = half ? static_cast<const void*>(narrow.bits.data()) : delta.data();
+    Floats out = poisoned(static_cast<int64_t>(wanted.size()));
+    run(from, half, static_cast<void*>(out.data()), false);
+    compare(what + ", from either type", out, plain, 0);
+    Halves rounded(poisoned(static_cast<int64_t>(wanted.size())));
+    run(from, half, static_cast<void*>(rounded.bits.data()), true);
+    compare(what + ", to bfloat16", rounded.floats(), Halves(plain).floats(), 0);
+  }
+}
+
 struct Geometry {
   int64_t P, N, H, W, O, C, groups, kh, kw, sh, sw, ph, pw, dh, dw, Ho, Wo;
 };
@@ -388,7 +420,7 @@ void test_cross_entropy_difference(int64_t P, int64_t N, int64_t K, float scale)
 }
 
 void test_gelu_difference(int64_t P, int64_t S, float scale, bool tanh) {
-  const Floats z = normals(S, 3), delta = normals(P * S, scale);
+  const Floats z = normals(S, 3), delta = Halves(normals(P * S, scale)).floats();
   const auto gelu = [tanh](double x) {
     return tanh ? x / (1 + std::exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
                 : x * 0.5 * std::erfc(-x / std::sqrt(2.0));
@@ -396,15 +428,16 @@ void test_gelu_difference(int64_t P, int64_t S, float scale, bool tanh) {
   Floats wanted;
   for (int64_t i = 0; i < P * S; ++i)
     wanted.push_back(static_cast<float>(gelu(z[i % S] + static_cast<double>(delta[i])) - gelu(z[i % S])));
-  Floats out = poisoned(P * S);
-  dz::kernels().gelu_difference(delta.data(), z.data(), out.data(), P, S, tanh);
-  compare("gelu_difference " + dz::isa(), out, wanted, 4e-7 * std::fmax(1, scale));
+  compare_types("gelu_difference " + dz::isa(), delta, wanted, 4e-7 * std::fmax(1, scale),
+                [&](const void* from, bool half, void* out, bool out_half) {
+                  dz::kernels().gelu_difference(from, z.data(), out, P, S, tanh, half, out_half);
+                });
 }
 
 void test_layer_norm_difference(int64_t P, int64_t R, int64_t M, float scale, bool centre, bool weighted) {
   const double eps = 1e-3, size = static_cast<double>(M);
   Floats zc = normals(R * M, 1);
-  const Floats delta = normals(P * R * M, scale), gamma = normals(M, 1);
+  const Floats delta = Halves(normals(P * R * M, scale)).floats(), gamma = normals(M, 1);
   Doubles var;
   for (int64_t r = 0; r < R; ++r) {
     double mean = 0, square = 0;
@@ -424,10 +457,11 @@ void test_layer_norm_difference(int64_t P, int64_t R, int64_t M, float scale, bo
       wanted.push_back(static_cast<float>(weighted ? gamma[k] * change : change));
     }
   }
-  Floats out = poisoned(P * R * M);
-  dz::kernels().layer_norm_difference(delta.data(), zc.data(), var.data(), weighted ? gamma.data() : nullptr,
-                                      out.data(), eps, P, R, M, centre);
-  compare("layer_norm_difference " + dz::isa(), out, wanted, 1e-4);
+  compare_types("layer_norm_difference " + dz::isa(), delta, wanted, 1e-4,
+                [&](const void* from, bool half, void* out, bool out_half) {
+                  dz::kernels().layer_norm_difference(from, zc.data(), var.data(), weighted ? gamma.data() : nullptr,
+                                                      out, eps, P, R, M, centre, half, out_half);
+                });
 }
 
 void test_softmax_difference(int64_t P, int64_t R, int64_t K, float scale, bool log) {

@@ -6,10 +6,12 @@ from torch import Tensor
 from .._load import native
 
 
-def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str) -> Tensor:
+def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str, out_dtype: torch.dtype) -> Tensor:
     delta, z = delta.contiguous(), z.contiguous()
-    out = torch.empty(delta.shape, dtype=torch.float32, device="cpu")
+    inner = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+    out = torch.empty(delta.shape, dtype=inner, device="cpu")
     native().gelu_difference(
-        delta.data_ptr(), z.data_ptr(), out.data_ptr(), delta.shape[0], z.numel(), approximate == "tanh"
-    )
-    return out
+        delta.data_ptr(), z.data_ptr(), out.data_ptr(), delta.shape[0], z.numel(), approximate == "tanh",
+        delta.dtype == torch.bfloat16, inner == torch.bfloat16,
+    )  # fmt: skip
+    return out.to(out_dtype)

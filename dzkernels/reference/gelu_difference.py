@@ -23,9 +23,9 @@ def _slope(x: Tensor, approximate: str) -> Tensor:
     return s + x * s * (1 - s) * root * (1 + 3 * 0.044715 * x.square())
 
 
-def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str) -> Tensor:
+def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str, out_dtype: torch.dtype) -> Tensor:
     d, base = delta.double(), z.double()
     near = d.clamp(-0.125, 0.125)
     mean_slope = sum(weight * _slope(base + node * near, approximate) for node, weight in _NODES)
     direct = F.gelu(base + d, approximate=approximate) - F.gelu(base, approximate=approximate)
-    return torch.where(d.abs() > 0.125, direct, near * mean_slope).to(delta.dtype).contiguous()
+    return torch.where(d.abs() > 0.125, direct, near * mean_slope).to(out_dtype).contiguous()

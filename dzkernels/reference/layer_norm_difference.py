@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def layer_norm_difference(
-    delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, *, eps: float, centre: bool
+    delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, *, eps: float, centre: bool, out_dtype: torch.dtype
 ) -> Tensor:
     d, z = delta.double(), zc.double()
     if centre:
@@ -16,4 +17,4 @@ def layer_norm_difference(
     out = d / t - z * (dvar / (s * t * (s + t)))
     if gamma is not None:
         out = out * gamma.double()
-    return out.to(delta.dtype).contiguous()
+    return out.to(out_dtype).contiguous()

@@ -130,12 +130,44 @@ def test_odd_memory_and_empty(runner: str) -> None:
         assert dzkernels.gelu_difference(delta[:, 0, 0], z[0, 0]).shape == (3,)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.2, 3.0])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 103), (4, 16, 32), (2, 513), (3, 1030)])
+@pytest.mark.parametrize("approximate", FORMS)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_bfloat16_in_and_out(runner: str, approximate: str, shape: tuple[int, ...], scale: float) -> None:
+    """As in float32, with the result rounded once."""
+    z, delta = 2 * normal(*shape[1:], seed=1), (normal(*shape, seed=2) * scale).bfloat16()
+    with running(runner):
+        wide = dzkernels.gelu_difference(delta.float(), z, approximate=approximate)
+        for given in (delta, delta.float()):
+            for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
+                got = dzkernels.gelu_difference(given, z, approximate=approximate, out_dtype=out_dtype)
+                if runner != "reference":  # which rounds from float64
+                    assert_exact(got, wide.to(out_dtype))
+                assert got.is_contiguous()
+                rounding = UNIT[out_dtype] if out_dtype != torch.float32 else 0.0
+                tiny = torch.finfo(out_dtype).smallest_normal * rounding
+                assert_bounded(got, wide, rounding * wide.double().abs() + 2 * bound(delta) + tiny)
+        assert dzkernels.gelu_difference(delta, z, approximate=approximate).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_bfloat16_nan_and_infinity(runner: str) -> None:
+    z, delta = torch.full((37,), 0.5), torch.zeros(2, 37)
+    delta[0, 3], delta[1, 36], delta[1, 5] = float("nan"), float("nan"), float("inf")
+    with running(runner):
+        got = dzkernels.gelu_difference(delta.bfloat16(), z)
+    assert torch.equal(got.isnan(), delta.isnan())
+    assert got[1, 5] == float("inf")
+    assert int((got != 0).sum()) == 3
+
+
 def test_other_dtypes_run_on_the_reference() -> None:
-    z, delta = normal(20, seed=1), normal(3, 20, seed=2).bfloat16()
+    z, delta = normal(20, seed=1), normal(3, 20, seed=2).half()
     wanted = dzkernels.gelu_difference(delta.float(), z)
     got = dzkernels.gelu_difference(delta, z)
-    assert got.dtype == torch.bfloat16
-    assert_bounded(got, wanted, 2 * UNIT[torch.bfloat16] * wanted.abs() + bound(delta))
+    assert got.dtype == torch.float16
+    assert_bounded(got, wanted, 2 * UNIT[torch.float16] * wanted.abs() + bound(delta))
 
 
 @pytest.mark.parametrize("shape", [(7, 300), (2, 5000), (40, 3)])
@@ -163,6 +195,7 @@ GOOD: dict[str, Any] = {"delta": normal(3, 2, 4, seed=1), "z": normal(2, 4, seed
         ({"delta": GOOD["delta"].double()}, TypeError, r"z must be float64, got float32"),
         ({"z": GOOD["z"][0]}, ValueError, r"z must be of shape \[\*s\] = \[2, 4\], got \[4\]"),
         ({"z": GOOD["z"].to("meta")}, ValueError, r"z must be on cpu like delta, got meta"),
+        ({"out_dtype": torch.int64}, TypeError, r"out_dtype must be a floating-point dtype, got torch.int64"),
         ({"approximate": "fast"}, ValueError, r"approximate must be 'none' or 'tanh', got 'fast'"),
     ],
 )

@@ -138,6 +138,41 @@ def test_nan_stays_in_its_row(runner: str) -> None:
     assert int(got.isnan().sum()) == 20
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_bfloat16_in_and_out(runner: str, shape: tuple[int, int, int], centre: bool, weighted: bool) -> None:
+    """As in float32, with the result rounded once."""
+    args = inputs(shape, 0.5, centre)
+    if not weighted:
+        args["gamma"] = None
+    half = {**args, "delta": args["delta"].bfloat16()}
+    args["delta"] = half["delta"].float()
+    with running(runner):
+        wide = dzkernels.layer_norm_difference(**args)
+        for given in (half, args):
+            for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
+                got = dzkernels.layer_norm_difference(**given, out_dtype=out_dtype)
+                if runner != "reference":  # which rounds from float64
+                    assert_exact(got, wide.to(out_dtype))
+                assert got.is_contiguous()
+                rounding = UNIT[out_dtype] if out_dtype != torch.float32 else 0.0
+                tiny = torch.finfo(out_dtype).smallest_normal * rounding
+                assert_bounded(got, wide, rounding * wide.double().abs() + 32 * U * size(args) + tiny)
+        assert dzkernels.layer_norm_difference(**half).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_bfloat16_nan_stays_in_its_row(runner: str) -> None:
+    args = inputs((2, 3, 20), 1.0)
+    args["delta"][1, 2, 7] = float("nan")
+    with running(runner):
+        got = dzkernels.layer_norm_difference(**{**args, "delta": args["delta"].bfloat16()})
+    assert got[1, 2].isnan().all()
+    assert int(got.isnan().sum()) == 20
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_odd_memory_gamma_and_empty(runner: str) -> None:
     args = inputs((3, 4, 35), 0.5)
@@ -163,6 +198,9 @@ def test_threads_and_neighbours_do_not_matter(shape: tuple[int, int, int]) -> No
     for threads in (2, 3):
         torch.set_num_threads(threads)
         assert_exact(dzkernels.layer_norm_difference(**args), wanted)
+        halves = {**args, "delta": args["delta"].bfloat16()}
+        exact = dzkernels.layer_norm_difference(**{**args, "delta": halves["delta"].float()})
+        assert_exact(dzkernels.layer_norm_difference(**halves), exact.bfloat16())
     last = {**args, "delta": args["delta"][:, -1:], "zc": args["zc"][-1:], "var": args["var"][-1:]}
     assert_exact(dzkernels.layer_norm_difference(**last), wanted[:, -1:])
 
@@ -186,6 +224,7 @@ GOOD = inputs((3, 2, 5), 1.0)
         ({"gamma": GOOD["gamma"].half()}, TypeError, r"gamma must be float32 or float64, got float16"),
         ({"gamma": GOOD["gamma"][:3]}, ValueError, r"gamma must be of shape \[M\] = \[5\], got \[3\]"),
         ({"gamma": GOOD["gamma"].to("meta")}, ValueError, r"gamma must be on cpu like delta, got meta"),
+        ({"out_dtype": torch.int64}, TypeError, r"out_dtype must be a floating-point dtype, got torch.int64"),
         ({"eps": -1.0}, ValueError, r"eps must be at least 0, got -1.0"),
         ({"eps": float("nan")}, ValueError, r"eps must be at least 0, got nan"),
     ],
