@@ -32,7 +32,10 @@ def promote(value: Any) -> Any:
 
 
 def is_random(node: fx.Node) -> bool:
+    """Whether the op draws from a global generator."""
     tags = getattr(node.target, "tags", ())
+    if node.target is aten.scaled_dot_product_attention.default:
+        return False  # stays whole only without dropout
     if node.target is aten.rrelu_with_noise_functional.default and not (len(node.args) > 4 and node.args[4]):
         return False  # a plain leaky ReLU outside of training
     return torch.Tag.nondeterministic_seeded in tags
