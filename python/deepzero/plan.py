@@ -18,7 +18,7 @@ from .run import has_rule
 
 aten = torch.ops.aten
 
-MEMORY = {"cpu": 16 << 20, "cuda": 2 << 30}
+MEMORY = {"cpu": 24 << 20, "cuda": 2 << 30}
 """Bytes that the differences of one block may take, by device: on a CPU they should stay near the caches."""
 
 MOST = 1024

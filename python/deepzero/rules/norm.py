@@ -168,8 +168,8 @@ def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
         return OneChannel(tuple(z.shape), z.dim() - 1, channel, values), Zero, Zero
     if d is not Zero and not vectors:
         weight = None if gamma is None else run.low(gamma).reshape(-1)
-        return Dense(_row_norm(dense(d), zc, v, weight, eps)), Zero, Zero
-    dhat = None if d is Zero else _row_norm(dense(d), zc, v, None, eps)
+        return Dense(_row_norm(dense(run.raw(x)), zc, v, weight, eps, run.operands)), Zero, Zero
+    dhat = None if d is Zero else _row_norm(dense(d), zc, v, None, eps, run.dtype)
     shape = list(z.shape[dims[0] :])
     g, dg = _vector(run, gamma, shape)
     _, db = _vector(run, beta, shape)
@@ -181,7 +181,7 @@ def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
     return Dense(total.expand(run.count, *z.shape)), Zero, Zero
 
 
-def _row_norm(dz: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, eps: Any) -> Tensor:
+def _row_norm(dz: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, eps: Any, out_dtype: torch.dtype) -> Tensor:
     """The norm's difference over rows: zc [R.., M..] as var [R.., 1..] divides it, dz [P, *zc.shape]."""
     rows = zc.reshape(var.numel(), -1)
     out = dzkernels.layer_norm_difference(
@@ -206,7 +206,7 @@ def group_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
     dhat = None
     if d is not Zero:
         values = dense(d)
-        dhat = _row_norm(values.reshape(len(values), *split), zc, v, None, eps).reshape(values.shape)
+        dhat = _row_norm(values.reshape(len(values), *split), zc, v, None, eps, run.dtype).reshape(values.shape)
     vector = [1, c, *[1] * (z.dim() - 2)]
     g, dg = _vector(run, gamma, vector)  # type: ignore[arg-type]
     _, db = _vector(run, beta, vector)  # type: ignore[arg-type]

@@ -294,7 +294,7 @@ def quadrature(dz: Tensor, z: Tensor, f: Callable[[Tensor], Tensor], df: Callabl
     return out
 
 
-@pointwise(aten.gelu.default)
+@pointwise(aten.gelu.default, half=True)
 def gelu(dz: Tensor, z: Tensor, *, approximate: str = "none") -> Tensor:
     """By dzkernels, which take one base for all perturbations; a channel's base differs between them."""
     if z.dim() == dz.dim():

@@ -140,7 +140,7 @@ def pointwise(
     saves  ``saves(*bases, *rest)`` -> tensors derived from the float64 bases, kept in the query dtype and shared by
            all blocks; by default the bases themselves
     exact  hand everything over in float64: for functions whose result jumps
-    half   differences may come in half width: the function only adds them up
+    half   differences may come in half width: the function widens them itself, and its result may stay so
     ``rest`` are the op's remaining arguments.
     """
 
