@@ -81,7 +81,9 @@ def interpret(graph: Graph, inputs: Mapping[fx.Node, Any], *, exact: bool) -> di
                     args, kwargs = pytree.tree_map(promote, (args, kwargs))
                     if node.target in _HALF_TO_FLOAT:
                         args = (*args[:2], False)  # the input is float64 already
-                values[node] = node.target(*args, **kwargs)
+                # a value may lie in memory otherwise than it did in the trace, where a view was possible
+                target = torch.reshape if node.target is aten.view.default else node.target
+                values[node] = target(*args, **kwargs)
     return values
 
 
