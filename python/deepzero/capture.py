@@ -54,7 +54,7 @@ class Bound(nn.Module):
         return self.objective(self.model, pytree.tree_unflatten(leaves, self._spec))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
     """A captured model + objective. Every field refers to node names or nodes of ``graph``.
 

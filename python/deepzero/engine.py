@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -78,8 +79,8 @@ class Engine:
         self.strict = strict
         self.block = block
         self._cache = Cache()
-        self._routes: dict[tuple[int, str], Route] = {}
-        self._joint: dict[tuple[int, tuple[str, ...]], tuple[Step, ...]] = {}
+        self._routes: WeakKeyDictionary[Graph, dict[str, Route]] = WeakKeyDictionary()
+        self._joint: WeakKeyDictionary[Graph, dict[tuple[str, ...], tuple[Step, ...]]] = WeakKeyDictionary()
         self._warned: set[str] = set()
 
     # --- the start of every estimate
@@ -157,20 +158,19 @@ class Engine:
         return {name: chosen.nonzero() for name, chosen in selected(self.model, mask).items()}
 
     def route(self, graph: Graph, name: str) -> Route:
-        key = (id(graph), name)
-        if key not in self._routes:
-            if len(self._routes) > 10_000:
-                self._routes.clear()
-            parameter = self.model.get_parameter(name)
-            self._routes[key] = route(graph, name, parameter, self.block, self.operands.itemsize)
-        return self._routes[key]
+        known = self._routes.setdefault(graph, {})
+        if name not in known:
+            known[name] = route(graph, name, self.model.get_parameter(name), self.block, self.operands.itemsize)
+        return known[name]
 
     def joint_steps(self, graph: Graph, names: Sequence[str]) -> tuple[Step, ...]:
         """The schedule of perturbations that move all of ``names`` at once."""
-        key = (id(graph), tuple(names))
-        if key not in self._joint:
-            self._joint = {key: schedule(reach(graph, names), graph.loss)}
-        return self._joint[key]
+        known = self._joint.setdefault(graph, {})
+        key = tuple(names)
+        if key not in known:
+            known.clear()  # masks may name other parameters at every step: keep the last one only
+            known[key] = schedule(reach(graph, names), graph.loss)
+        return known[key]
 
     # --- queries
 
