@@ -6,8 +6,9 @@ float32, in which the sign at a kink and the size of a small value survive.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ def promote(value: Any) -> Any:
     if isinstance(value, torch.dtype) and value.is_floating_point:
         return torch.float64
     return value
+
+
+@contextlib.contextmanager
+def no_autocast(off: bool = True) -> Iterator[None]:
+    """Whatever autocast the caller is in, arithmetic inside is done in the dtypes that it is given."""
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    with contextlib.ExitStack() as stack:
+        for kind in kinds if off else ():
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def is_random(node: fx.Node) -> bool:
@@ -67,7 +78,7 @@ def _draw(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
 def interpret(graph: Graph, inputs: Mapping[fx.Node, Any], *, exact: bool) -> dict[fx.Node, Any]:
     """The value of every node. ``exact`` promotes all floating arithmetic to float64; else the model's own dtypes."""
     values: dict[fx.Node, Any] = {}
-    with torch.no_grad():
+    with torch.no_grad(), no_autocast(exact):
         for node in graph.graph.nodes:
             if node.op == "placeholder":
                 value = inputs.get(node)

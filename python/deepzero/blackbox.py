@@ -38,12 +38,23 @@ class BlackBox:
         self.calls = 0
         self.rows = 0
         self.__name__ = getattr(function, "__name__", type(function).__name__)
-        self._seen: dict[Any, tuple[torch.Size, bool]] = {}
-        self._handle = next(_handles)
-        _boxes[self._handle] = self
+        self._seen: dict[Any, torch.Size] = {}
+        self.handle = next(_handles)
+        _boxes[self.handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = next(_handles)  # a copy is a box of its own
+        _boxes[self.handle] = self
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        return torch.ops.deepzero.blackbox(self._handle, list(inputs))  # type: ignore[no-any-return]
+        if not inputs or not all(isinstance(t, Tensor) for t in inputs):
+            kinds = ", ".join(type(t).__name__ for t in inputs) or "nothing"
+            raise TypeError(
+                f"black box {self.__name__!r} takes one or more positional tensors, got {kinds}. Bind anything else "
+                "with functools.partial."
+            )
+        return torch.ops.deepzero.blackbox(self.handle, list(inputs))  # type: ignore[no-any-return]
 
     def evaluate(self, inputs: list[Tensor]) -> Tensor:
         """One call of the wrapped function, in the dtype it asked for; the result in float64."""
@@ -64,17 +75,23 @@ class BlackBox:
 def _call(handle: int, inputs: list[Tensor]) -> Tensor:
     box = _boxes[handle]
     out = box.evaluate(inputs)
-    box._seen[tuple(tuple(t.shape) for t in inputs)] = (out.shape, True)
-    kind = inputs[0].dtype if inputs[0].is_floating_point() else torch.get_default_dtype()
-    return out.to(kind)
+    box._seen[_shapes(inputs)] = out.shape
+    return out.to(_result_dtype(inputs))
+
+
+def _shapes(inputs: list[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(s) for s in t.shape) for t in inputs)
+
+
+def _result_dtype(inputs: list[Tensor]) -> torch.dtype:
+    """That of the first floating input; float64 when there is none."""
+    return next((t.dtype for t in inputs if t.is_floating_point()), torch.float64)
 
 
 @torch.library.register_fake("deepzero::blackbox", lib=_library)
 def _fake(handle: int, inputs: list[Tensor]) -> Tensor:
-    shapes = tuple(tuple(int(s) for s in t.shape) for t in inputs)
-    shape, _ = _boxes[handle]._seen[shapes]  # the eager call of the same step has been here
-    kind = inputs[0].dtype if inputs[0].is_floating_point() else torch.get_default_dtype()
-    return inputs[0].new_empty(shape, dtype=kind)
+    shape = _boxes[handle]._seen[_shapes(inputs)]  # the ordinary call of the same step has been here
+    return inputs[0].new_empty(shape, dtype=_result_dtype(inputs))
 
 
 @rule(torch.ops.deepzero.blackbox.default)
@@ -87,7 +104,10 @@ def _rule(run: Block, node: fx.Node) -> Carrier:
         for arg in args:  # type: ignore[union-attr]
             base, d = run.exact(arg), run.d(arg)
             still = base.unsqueeze(0).expand(run.count, *base.shape)
-            rows.append((still if d is Zero else still.double() + dense(d).double()).flatten(0, 1))
+            moved = still if d is Zero else still.double() + dense(d).double()
+            if d is not Zero and not base.is_floating_point():
+                moved = moved != 0 if base.dtype is torch.bool else moved.round().to(base.dtype)
+            rows.append(moved.flatten(0, 1))
         after = box.evaluate(rows).unflatten(0, (run.count, -1))
     else:
         after = torch.stack(

@@ -7,12 +7,15 @@ attention and recurrent layers appear in their plain forms.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from .blackbox import BlackBox
 from .errors import CaptureError
 from .estimators.base import Objective
 
@@ -130,13 +134,15 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
     """Tracing may leave stand-in tensors in plain attributes (nn.LSTM keeps a list of its weights): put them back."""
     saved = []
     for module in model.modules():
-        plain = {k: v for k, v in vars(module).items() if not k.startswith(("_parameters", "_buffers", "_modules"))}
+        plain = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
         lists = {k: list(v) for k, v in plain.items() if isinstance(v, list)}
-        saved.append((module, plain, lists))
+        saved.append((module, plain, lists, dict(module._buffers)))
     try:
         yield
     finally:
-        for module, plain, lists in saved:
+        for module, plain, lists, buffers in saved:
+            module._buffers.clear()
+            module._buffers.update(buffers)
             for key in [k for k in vars(module) if k not in plain and k not in ("_parameters", "_buffers", "_modules")]:
                 del vars(module)[key]
             vars(module).update(plain)
@@ -155,6 +161,9 @@ def capture(bound: Bound) -> Graph:
         reason = str(error).strip().splitlines()
         raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
 
+    for node in program.graph.nodes:
+        if any(isinstance(v, Tensor) and v.is_complex() for v in pytree.tree_leaves(node.meta.get("val"))):
+            raise CaptureError("the graph holds complex values, whose differences have no rules")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     buffers_by_id = {id(buffer): name for name, buffer in model.named_buffers()}
     nodes = {node.name: node for node in program.graph.nodes}
@@ -186,15 +195,24 @@ def capture(bound: Bound) -> Graph:
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
-def _plain_value(value: Any) -> Any:
+def _plain_value(value: Any, depth: int = 0) -> Any:
     """A hashable description of ``value``, or NotImplemented for what is not followed."""
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, Tensor):
-        return (id(value), value._version, tuple(value.shape), value.dtype)
-    if isinstance(value, tuple | list) and len(value) <= 64:
-        items = tuple(_plain_value(item) for item in value)
-        return NotImplemented if NotImplemented in items else (type(value).__name__, items)
+        version = 0 if value.is_inference() else value._version
+        return (id(value), version, tuple(value.shape), value.dtype)
+    if isinstance(value, tuple | list) and len(value) <= 64 and depth < 4:
+        items = (_plain_value(item, depth + 1) for item in value)
+        return (type(value).__name__, len(value), *(item for item in items if item is not NotImplemented))
+    if isinstance(value, dict) and len(value) <= 64:
+        return _plain_value([item for pair in value.items() for item in pair], depth)
+    if isinstance(value, SimpleNamespace | argparse.Namespace) or (
+        dataclasses.is_dataclass(value) and not isinstance(value, type)
+    ):
+        return _plain_value(vars(value), depth)
+    if isinstance(value, BlackBox):
+        return ("black box", value.handle)
     return NotImplemented
 
 
@@ -207,7 +225,11 @@ def _names_used(code: CodeType) -> set[str]:
 
 
 def _walk_function(function: Any, path: str, found: dict[str, Any], depth: int = 0) -> None:
+    if isinstance(function, functools.partial):
+        found[f"{path} arguments"] = _plain_value([*function.args, function.keywords])
+        function = function.func
     if isinstance(function, MethodType):
+        found[f"{path} self"] = _plain_value(getattr(function.__self__, "__dict__", None))
         function = function.__func__
     if not isinstance(function, FunctionType) or depth > 3:
         return
@@ -233,7 +255,7 @@ def fingerprint(model: nn.Module, objective: Objective) -> dict[str, Any]:
     """Path -> value of the Python constants that the objective and the modules may have used while tracing."""
     found: dict[str, Any] = {}
     _walk_function(objective, "objective", found)
-    if not isinstance(objective, FunctionType | MethodType):
+    if not isinstance(objective, FunctionType | MethodType | functools.partial):
         for name, value in getattr(objective, "__dict__", {}).items():
             found[f"objective.{name}"] = _plain_value(value)
         _walk_function(type(objective).__call__, "objective.__call__", found)
@@ -266,7 +288,9 @@ def key_of(bound: Bound) -> tuple[Any, ...]:
         (name, id(t), tuple(t.shape), t.dtype, t.device) for name, t in model.named_parameters(remove_duplicate=False)
     )
     buffers = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in model.named_buffers())
-    return tensors, str(bound._spec), others, modes, state, buffers
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+    return tensors, str(bound._spec), others, modes, state, buffers, autocast
 
 
 @dataclass

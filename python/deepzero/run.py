@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .base import Base, is_random, promote, rounded
+from .base import Base, is_random, no_autocast, promote, rounded
 from .carriers import Carrier, Dense, Zero, dense
 from .errors import NoRuleError
 from .fusion import Step
@@ -27,9 +27,9 @@ def has_rule(node: fx.Node) -> bool:
 class Block:
     """P perturbations on their way through the suffix of a graph; the rules' view of the run.
 
-    count  P
-    dtype  what differences are held in
-    wide   operand dtype of convolutions and matrix products (bfloat16 uses half-width units, float32 accumulation)
+    count     P
+    dtype     what differences are held in
+    operands  that of convolutions and matrix products (bfloat16: half-width units, float32 accumulation)
     """
 
     def __init__(self, base: Base, count: int, *, operands: torch.dtype, strict: bool) -> None:
@@ -163,7 +163,7 @@ def run_block(
     block = Block(base, count, operands=operands or base.dtype, strict=strict)
     block.differences.update(seeds)
     loss = base.graph.loss
-    with torch.no_grad():
+    with torch.no_grad(), no_autocast():
         for step in steps:
             carrier = step.apply(block) if step.apply is not None else None
             fused = carrier is not None

@@ -42,15 +42,15 @@ def uninterrupted() -> Iterator[None]:
     pending: list[tuple[int, FrameType | None]] = []
     before = {number: signal.getsignal(number) for number in _HELD}
     handlers = {number: handler for number, handler in before.items() if callable(handler)}
-    for number in handlers:
-        signal.signal(number, lambda number, frame: pending.append((number, frame)))
     try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: pending.append((number, frame)))
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if pending:
-            handlers[signal.Signals(pending[0][0])](*pending[0])
+        for number in reversed(handlers):  # SIGINT last: its handler may raise from here on
+            signal.signal(number, handlers[number])
+        for caught, frame in pending:
+            handlers[signal.Signals(caught)](caught, frame)
 
 
 @contextlib.contextmanager
@@ -62,6 +62,25 @@ def random_state_kept() -> Iterator[tuple[Any, ...]]:
     finally:
         with uninterrupted():
             set_random_state(state)
+
+
+@contextlib.contextmanager
+def model_kept(model: nn.Module) -> Iterator[list[str]]:
+    """Parameters and buffer slots that the code inside writes are put back; the list names the written parameters."""
+    parameters = {name: (p, p._version, p.detach().clone()) for name, p in model.named_parameters()}
+    slots = [(module, dict(module._buffers)) for module in model.modules()]
+    written: list[str] = []
+    try:
+        yield written
+    finally:
+        with uninterrupted(), torch.no_grad():
+            for name, (p, version, value) in parameters.items():
+                if p._version != version:
+                    written.append(name)
+                    p.copy_(value)
+            for module, buffers in slots:
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
 def cloned_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -171,3 +171,37 @@ def test_a_random_op_that_reads_a_parameter_is_refused() -> None:
 
     with pytest.raises(NoRuleError, match="draws random numbers whose distribution depends on a parameter"):
         CGE(Sampling(), lambda m, b: m(b).sum()).estimate(torch.ones(3, 5))
+
+
+def test_steps_that_the_query_dtype_cannot_hold() -> None:
+    for mu in (1e-46, 1e39):
+        with pytest.raises(StepError, match=r"which is no step\. Use one between"):
+            CGE(model(), objective, mu=mu)
+
+
+def test_a_mask_is_a_dict() -> None:
+    with pytest.raises(MaskError, match="a mask is a dict of parameter name -> bool tensor, got Tensor"):
+        CGE(model(), objective).estimate(batch(), ones(4, 5))
+
+
+@pytest.mark.parametrize("kind", [CGE, RGE])
+def test_a_query_that_is_not_finite_is_named(kind: Any) -> None:
+    class Log(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.full((3,), 1e-3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.p.log() * x).sum()
+
+    where = r"with p\[0\] moved by" if kind is CGE else "along a random direction with mu"
+    estimator = kind(Log(), lambda m, b: m(b), mu=1.0, **({"scheme": "central"} if kind is CGE else {}))
+    with pytest.raises(ObjectiveError, match=where):
+        estimator.estimate(torch.ones(3))
+
+
+def test_a_budget_and_a_seed_are_whole_numbers() -> None:
+    with pytest.raises(ValueError, match="budget must be a number of queries or None, got '5'"):
+        CGE(model(), objective, budget="5")
+    with pytest.raises(ValueError, match=r"seed must be a whole number, got 1\.5"):
+        RGE(model(), objective, seed=1.5)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..base import Base
 from ..carriers import OneEntry, describe
 from ..engine import Engine, Prepared
+from ..errors import StepError
 from ..fusion import Step
 from ..plan import Line, Plan, missing_rules
 from ..state import set_random_state, uninterrupted, write_buffers
@@ -42,6 +43,13 @@ class EngineEstimator(Estimator):
         self.mu = check_mu(mu)
         self.scheme = check_scheme(scheme, schemes)
         self.engine = Engine(model, objective, precision=precision, strict=strict, block=block)
+        realised = float(torch.tensor(self.mu, dtype=torch.float64).to(self.engine.dtype))
+        if not 0 < realised < float("inf"):
+            raise StepError(
+                f"mu = {mu!r} is {realised} in {precision}, which is no step. Use one between 1e-30 and 1e30."
+            )
+        if budget is not None and (not isinstance(budget, int) or budget < 0):
+            raise ValueError(f"budget must be a number of queries or None, got {budget!r}")
         self.model = model
         self.objective = objective
         self.budget = budget
@@ -60,9 +68,13 @@ class EngineEstimator(Estimator):
         with self.engine.prepared(batch) as ready:
             return ready, self._gradients(ready, selected), queries
 
+    def _done(self, queries: int) -> None:
+        """Count what an estimate that came through has spent."""
+        self.queries += queries
+
     def estimate(self, batch: Any, mask: Mask | None = None) -> Estimate:
         ready, grads, queries = self._work(batch, mask)
-        self.queries += queries
+        self._done(queries)
         return Estimate(ready.loss, grads, queries)
 
     def backward(self, batch: Any, mask: Mask | None = None) -> StepResult:
@@ -71,7 +83,7 @@ class EngineEstimator(Estimator):
             write_buffers(self.model, ready.buffers)
             set_random_state(ready.random)
             accumulate(self.model, grads)
-            self.queries += queries
+            self._done(queries)
         return StepResult(ready.loss, queries)
 
     def _empty_grads(self, selected: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,7 +149,7 @@ class CGE(EngineEstimator):
         route = engine.route(base.graph, name)
         signs = SCHEMES[self.scheme]
         for part in where.split(route.block):
-            if not route.suffix:
+            if not route.suffix and base.graph.loss not in base.graph.placeholders(name):
                 yield part, torch.zeros(len(part), dtype=torch.float64, device=part.device)
                 continue
             losses = []
@@ -178,6 +190,7 @@ class CGE(EngineEstimator):
                     quotient = (losses[0] - whole.loss) / moved[0][1]
                 else:
                     quotient = (losses[0] - losses[1]) / (moved[0][1] - moved[1][1])
+                check_finite(quotient, f"with {name}{row.tolist()} moved by {self.mu:g}")
                 grads[name][tuple(row.tolist())] = quotient
         return grads
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ def selected(model: nn.Module, mask: Mask | None) -> dict[str, Tensor]:
     dtypes or shapes, frozen parameters, second names of a tied tensor, and a mask that selects nothing.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if mask is not None and not isinstance(mask, Mapping):
+        raise MaskError(f"a mask is a dict of parameter name -> bool tensor, got {type(mask).__name__}.")
     if mask is None:
         chosen = {name: torch.ones_like(p, dtype=torch.bool) for name, p in trainable.items()}
     else:

@@ -14,6 +14,7 @@ from ..engine import Prepared
 from ..plan import MEMORY, peak_bytes
 from .base import Objective
 from .cge import EngineEstimator
+from .checks import check_finite
 
 Draw = Callable[[int, torch.Generator], Tensor]
 
@@ -81,6 +82,8 @@ class RGE(EngineEstimator):
             strict=strict,
             budget=budget,
         )
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be a whole number, got {seed!r}")
         if not isinstance(queries, int) or queries < 1:
             raise ValueError(f"queries must be a positive number of directions, got {queries!r}")
         if distribution not in DISTRIBUTIONS:
@@ -97,6 +100,10 @@ class RGE(EngineEstimator):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.estimates = int(state["estimates"])
+
+    def _done(self, queries: int) -> None:
+        super()._done(queries)
+        self.estimates += 1
 
     def _count(self, selected: dict[str, Tensor]) -> int:
         return 1 + SCHEMES[self.scheme] * self.directions
@@ -120,17 +127,20 @@ class RGE(EngineEstimator):
                 slope = (plus - self._differences(ready, selected, u, -self.mu)) / (2 * self.mu)
             else:
                 slope = plus / self.mu
+            if not bool(slope.isfinite().all()):
+                check_finite(float("nan"), f"along a random direction with mu={self.mu:g}")
             total += slope @ u.double()
         total /= self.directions
-        self.estimates += 1
         grads = self._empty_grads(selected)
         for (name, where), part in zip(selected.items(), total.split(sizes), strict=True):
             grads[name][tuple(where.unbind(1))] = part.to(grads[name].dtype)
         return grads
 
     def _block(self, ready: Prepared, names: list[str]) -> int:
-        if self.engine.block is not None or ready.base is None:
-            return self.engine.block or self.directions
+        if ready.base is None:
+            return 1
+        if self.engine.block is not None:
+            return self.engine.block
         graph = ready.base.graph
         starts = [node for name in names for node in graph.placeholders(name)]
         weights = 4 * sum(self.model.get_parameter(name).numel() for name in names)

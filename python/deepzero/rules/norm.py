@@ -79,6 +79,8 @@ def affine(dhat: Tensor | None, hat: Tensor, gamma: Any, dgamma: Any, dbeta: Any
 )
 def batch_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
     """x [N, C, *spatial]; batch statistics in training, running ones otherwise. Channels never mix."""
+    if any(user.args[1] != 0 and any(u.op != "output" for u in user.users) for user in node.users):
+        return run.fallback(node)  # type: ignore[no-any-return]  # something reads the new running statistics
     name = str(node.target)
     x, gamma, beta, *rest = node.args
     if "no_stats" in name:
@@ -184,6 +186,7 @@ def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
 def _row_norm(dz: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, eps: Any, out_dtype: torch.dtype) -> Tensor:
     """The norm's difference over rows: zc [R.., M..] as var [R.., 1..] divides it, dz [P, *zc.shape]."""
     rows = zc.reshape(var.numel(), -1)
+    dz = dz.to(zc.dtype) if dz.dtype is torch.float64 else dz
     out = dzkernels.layer_norm_difference(
         dz.reshape(len(dz), *rows.shape), rows, var.reshape(-1), gamma, eps=float(eps)
     )

@@ -297,6 +297,7 @@ def quadrature(dz: Tensor, z: Tensor, f: Callable[[Tensor], Tensor], df: Callabl
 @pointwise(aten.gelu.default, half=True)
 def gelu(dz: Tensor, z: Tensor, *, approximate: str = "none") -> Tensor:
     """By dzkernels, which take one base for all perturbations; a channel's base differs between them."""
+    dz = dz.to(z.dtype) if dz.dtype is torch.float64 else dz
     if z.dim() == dz.dim():
         return dzkernels.gelu_difference(dz[None], z.expand_as(dz), approximate=approximate)[0]
     return dzkernels.gelu_difference(dz, z.expand(dz.shape[1:]), approximate=approximate)

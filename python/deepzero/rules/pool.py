@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, fx
 
 from ..carriers import Carrier, Dense, OneChannel, Zero, dense, select
-from .table import aten, linear, rule
+from .table import Follow, aten, linear, rule
 
 if TYPE_CHECKING:
     from ..run import Block
 
 
-def _image_channel(node: fx.Node, dim: int) -> int | None:
-    """Pooling works on the last dimensions; the channel dimension of a batch of images is second."""
-    return dim if dim == 1 and node.args[0].meta["val"].dim() >= 3 else None  # type: ignore[union-attr]
+def _apart(nd: int) -> Follow:
+    """Pooling works on the last ``nd`` dimensions; those before it stay as they are."""
+    return lambda node, dim: dim if dim < node.args[0].meta["val"].dim() - nd else None  # type: ignore[union-attr]
 
 
-linear(aten.avg_pool1d.default, follow=_image_channel)
-linear(aten.avg_pool2d.default, follow=_image_channel)
-linear(aten.avg_pool3d.default, follow=_image_channel)
-linear(aten._adaptive_avg_pool2d.default, follow=_image_channel)
-linear(aten._adaptive_avg_pool3d.default, follow=_image_channel)
-linear(aten.adaptive_avg_pool1d.default, follow=_image_channel)
+linear(aten.avg_pool1d.default, follow=_apart(1))
+linear(aten.avg_pool2d.default, follow=_apart(2))
+linear(aten.avg_pool3d.default, follow=_apart(3))
+linear(aten._adaptive_avg_pool2d.default, follow=_apart(2))
+linear(aten._adaptive_avg_pool3d.default, follow=_apart(3))
+linear(aten.adaptive_avg_pool1d.default, follow=_apart(1))
 
 
 def _windows(node: fx.Node, nd: int, sizes: list[int], outs: list[int]) -> Tensor:

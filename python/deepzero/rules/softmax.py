@@ -42,7 +42,7 @@ def log_softmax(run: Block, node: fx.Node) -> Carrier:
 
 @rule(aten._softmax.default)
 def softmax(run: Block, node: fx.Node) -> Carrier:
-    d = dense(run.d(node.args[0]))
+    d = dense(run.d(node.args[0])).to(run.dtype)
     dim = int(node.args[1]) % (d.dim() - 1)  # type: ignore[call-overload]
     p = run.saved(node, "rows", lambda: _rows(_probabilities(run, node), dim).to(run.dtype))
     rows = d.movedim(dim + 1, -1)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel, same_channel, select, without
@@ -81,6 +82,11 @@ def linear(op: Any, *positions: int, follow: Follow | None = None, moves: bool =
         for i in positions:
             if i < len(args):
                 args[i] = _dense_like(run, node.args[i], run.raw if moves else run.d)
+        leaves = [t for t in pytree.tree_leaves([args[i] for i in positions if i < len(args)]) if isinstance(t, Tensor)]
+        held = functools.reduce(torch.promote_types, (t.dtype for t in leaves))
+        for i in positions:
+            if i < len(args):
+                args[i] = pytree.tree_map(lambda t: t.to(held) if isinstance(t, Tensor) else t, args[i])
         out = _batched(run, node, args, positions)
         return tuple(Dense(o) for o in out) if isinstance(out, tuple | list) else Dense(out)
 
