@@ -79,8 +79,8 @@ def affine(dhat: Tensor | None, hat: Tensor, gamma: Any, dgamma: Any, dbeta: Any
 )
 def batch_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
     """x [N, C, *spatial]; batch statistics in training, running ones otherwise. Channels never mix."""
-    if any(user.args[1] != 0 and any(u.op != "output" for u in user.users) for user in node.users):
-        return run.fallback(node)  # type: ignore[no-any-return]  # something reads the new running statistics
+    if run.saved(node, "read", lambda: _statistics_are_read(node, run.base.graph.loss)):
+        return run.fallback(node)  # type: ignore[no-any-return]
     name = str(node.target)
     x, gamma, beta, *rest = node.args
     if "no_stats" in name:
@@ -117,6 +117,28 @@ def batch_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
         total = affine(dhat, hat, g, dg, db)
         out = Dense(total.expand(run.count, *z.shape))
     return (out, *[Zero] * (len(run.exact(node)) - 1))
+
+
+_UPDATING = (aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.default)
+
+
+def _statistics_are_read(node: fx.Node, loss: fx.Node) -> bool:
+    """Whether the loss depends on a batch norm's new running statistics: then they are more than a buffer update.
+
+    The next use of the same layer in training reads them too, but only to update them again.
+    """
+    ahead = [(user, node) for user in node.users if user.args[1] != 0]
+    seen: set[tuple[fx.Node, fx.Node]] = set()
+    while ahead:
+        at, source = ahead.pop()
+        if at is loss:
+            return True
+        if (at, source) in seen:
+            continue
+        seen.add((at, source))
+        updates = at.target in _UPDATING and at.args[5] and source in at.args[3:5] and source not in at.args[:3]
+        ahead += [(user, at) for user in at.users if not updates or user.args[1] != 0]
+    return False
 
 
 def _one_channel_norm(
