@@ -154,9 +154,11 @@ def capture(bound: Bound) -> Graph:
     """Trace ``bound``. Raises :class:`CaptureError` with the reason when it cannot be traced."""
     model = bound.model
     try:
-        with warnings.catch_warnings(action="ignore"), _plain_forms(), _attributes_restored(model):
-            program = torch.export.export(bound, tuple(bound.tensors), strict=False)
-            program = _decomposed(program)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # export comments on its own internals
+            with _plain_forms(), _attributes_restored(model):
+                program = torch.export.export(bound, tuple(bound.tensors), strict=False)
+                program = _decomposed(program)
     except Exception as error:  # whatever stops the tracer is the reason we report
         reason = str(error).strip().splitlines()
         raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
