@@ -154,9 +154,11 @@ def _sampled(model: nn.Module, samples: int, seed: int) -> dict[str, Tensor]:
 def _suggest(
     model: nn.Module, objective: Objective, batch: Any, mask: dict[str, Tensor]
 ) -> tuple[dict[float, float], float, str]:
+    estimator = CGE(model, objective)  # one for all steps: the capture is shared
     vectors = {}
     for step in STEPS:
-        grads = CGE(model, objective, mu=step).estimate(batch, mask).grads
+        estimator.mu = step
+        grads = estimator.estimate(batch, mask).grads
         vectors[step] = torch.cat([grads[name].cpu().double()[m] for name, m in mask.items()])
     finest = vectors[STEPS[-1]]
     sizes = [int(m.sum()) for m in mask.values()]

@@ -19,7 +19,7 @@ import dzkernels
 from .base import Layouts
 from .carriers import Carrier, Dense, OneChannel, OneEntry, Zero, select
 from .rules.loss import plain_labels
-from .rules.norm import centred
+from .rules.norm import UPDATING, centred
 
 if TYPE_CHECKING:
     from .run import Block
@@ -81,7 +81,6 @@ def _only_user(node: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
 
 # --- batch norm (+ residual) (+ ReLU) (+ max pool)
 
-_TRAINING = (aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.default)
 _RUNNING = (aten._native_batch_norm_legit_no_training.default,)
 
 
@@ -98,7 +97,7 @@ class _Norm:
 
 
 def _norm_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
-    if node.target not in (*_TRAINING, *_RUNNING) or node.args[0].meta["val"].dim() != 4:  # type: ignore[union-attr]
+    if node.target not in (*UPDATING, *_RUNNING) or node.args[0].meta["val"].dim() != 4:  # type: ignore[union-attr]
         return None
     result = _only_user(node, inside)
     if result is None or result.target is not operator.getitem or result.args[1] != 0:

@@ -155,7 +155,6 @@ class Plan:
 
     lines: list[Line]
     queries: int
-    base_loss: float
     precision: str
     reason: str = ""
     capture_seconds: float = 0.0

@@ -201,9 +201,7 @@ class CGE(EngineEstimator):
         with self.engine.prepared(batch) as ready:
             for name, where in selected.items() if ready.base is not None else ():
                 lines.append(self._line(ready.base, name, where))  # type: ignore[arg-type]
-            return Plan(
-                lines, self._count(selected), ready.loss, self.engine.precision, ready.reason, ready.capture_seconds
-            )
+            return Plan(lines, self._count(selected), self.engine.precision, ready.reason, ready.capture_seconds)
 
     def _line(self, base: Base, name: str, where: Tensor) -> Line:
         from torch.utils.flop_counter import FlopCounterMode

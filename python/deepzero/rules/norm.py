@@ -119,7 +119,8 @@ def batch_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
     return (out, *[Zero] * (len(run.exact(node)) - 1))
 
 
-_UPDATING = (aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.default)
+UPDATING = (aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.default)
+"""Batch norms that take batch statistics in training and update running ones."""
 
 
 def _statistics_are_read(node: fx.Node, loss: fx.Node) -> bool:
@@ -136,7 +137,7 @@ def _statistics_are_read(node: fx.Node, loss: fx.Node) -> bool:
         if (at, source) in seen:
             continue
         seen.add((at, source))
-        updates = at.target in _UPDATING and at.args[5] and source in at.args[3:5] and source not in at.args[:3]
+        updates = at.target in UPDATING and at.args[5] and source in at.args[3:5] and source not in at.args[:3]
         ahead += [(user, at) for user in at.users if not updates or user.args[1] != 0]
     return False
 
