@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import MaskError
 from ..estimators.base import Mask
+from .ratios import LayerRatios, fraction_left_out, kept_count
 
 
 class MaskPolicy(ABC):
@@ -67,7 +65,7 @@ class UniformRandom(_Redrawn):
 
     def __init__(self, model: nn.Module, sparsity: float, every: int = 1, seed: int = 0) -> None:
         super().__init__(every, seed)
-        self.sparsity = _fraction(sparsity, "sparsity")
+        self.sparsity = fraction_left_out(sparsity, "sparsity")
         self._shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
         self._total = sum(shape.numel() for shape in self._shapes.values())
         if self._kept() == 0:
@@ -77,7 +75,7 @@ class UniformRandom(_Redrawn):
             )
 
     def _kept(self) -> int:
-        return _kept(self._total, self.sparsity)
+        return kept_count(self._total, self.sparsity)
 
     def _draw(self, generator: np.random.Generator) -> dict[str, Tensor]:
         flat = _choose(generator, self._total, self._kept())
@@ -90,39 +88,6 @@ class UniformRandom(_Redrawn):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.sparsity = state["sparsity"]
-
-
-@dataclass(frozen=True)
-class LayerRatios:
-    """How much of each parameter is left out: its pruned fraction in [0, 1) and its shape, by parameter name."""
-
-    pruned: Mapping[str, float]
-    shapes: Mapping[str, torch.Size]
-
-    @classmethod
-    def of(cls, model: nn.Module, pruned: Mapping[str, float]) -> LayerRatios:
-        """Ratios for ``model``; parameters with requires_grad that ``pruned`` does not name keep every coordinate.
-
-        Raises MaskError for unknown or frozen names, fractions outside [0, 1) and a parameter pruned to nothing.
-        """
-        shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-        for name in pruned:
-            if name not in shapes:
-                near = difflib.get_close_matches(name, shapes, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise MaskError(
-                    f"the ratios name {name!r}, which is no parameter of the model with requires_grad.{hint}"
-                )
-        return cls({name: pruned.get(name, 0.0) for name in shapes}, shapes)
-
-    def __post_init__(self) -> None:
-        for name, fraction in self.pruned.items():
-            total = self.shapes[name].numel()
-            if _kept(total, _fraction(fraction, f"the ratio of {name!r}")) == 0:
-                raise MaskError(
-                    f"the ratio {fraction} prunes all {total} coordinates of {name!r}, which would then never be "
-                    f"trained. Use at most {1 - 1 / total:.6g}, or freeze the parameter."
-                )
 
 
 class LayerwiseRandom(_Redrawn):
@@ -140,7 +105,7 @@ class LayerwiseRandom(_Redrawn):
         masks = {}
         for name, fraction in self.ratios.pruned.items():
             shape = self.ratios.shapes[name]
-            masks[name] = _choose(generator, shape.numel(), _kept(shape.numel(), fraction)).view(shape)
+            masks[name] = _choose(generator, shape.numel(), kept_count(shape.numel(), fraction)).view(shape)
         return masks
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,16 +130,6 @@ class Fixed(MaskPolicy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._mask = dict(state["mask"])
-
-
-def _fraction(value: float, what: str) -> float:
-    if not (math.isfinite(value) and 0 <= value < 1):
-        raise MaskError(f"{what} must be the fraction left out, 0 <= fraction < 1, got {value}")
-    return value
-
-
-def _kept(total: int, pruned: float) -> int:
-    return round((1 - pruned) * total)
 
 
 def _choose(generator: np.random.Generator, total: int, kept: int) -> Tensor:
