@@ -110,7 +110,7 @@ ARGUMENTS: list[tuple[str, Any, type[Exception], str]] = [
         ValueError,
         "distribution must be one of 'gaussian'",
     ),
-    ("rge scheme", lambda: RGE(model(), objective, scheme="central"), ValueError, "one of 'forward', 'antithetic'"),
+    ("rge scheme", lambda: RGE(model(), objective, scheme="antithetic"), ValueError, "one of 'forward', 'central'"),
     ("model", lambda: CGE(objective, objective), TypeError, "model must be a torch.nn.Module, got function"),
     ("objective", lambda: CGE(model(), 3), TypeError, "objective must be callable as objective"),
     ("samples", lambda: check(model(), objective, batch(), samples=0), ValueError, "samples must be at least 1, got 0"),
@@ -143,7 +143,7 @@ def test_query_counts() -> None:
     assert CGE(model(), objective).estimate(batch(), mask).queries == 1 + 24
     assert CGE(model(), objective, scheme="central").estimate(batch(), mask).queries == 1 + 48
     assert RGE(model(), objective, queries=7).estimate(batch(), mask).queries == 1 + 7
-    assert RGE(model(), objective, queries=7, scheme="antithetic").estimate(batch(), mask).queries == 1 + 14
+    assert RGE(model(), objective, queries=7, scheme="central").estimate(batch(), mask).queries == 1 + 14
 
 
 class NoRule(nn.Module):

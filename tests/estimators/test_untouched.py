@@ -45,7 +45,7 @@ ESTIMATORS: dict[str, Callable[[nn.Module, Any], Estimator]] = {
     "cge": lambda m, o: CGE(m, o),
     "cge central bfloat16": lambda m, o: CGE(m, o, scheme="central", precision="bfloat16"),
     "rge": lambda m, o: RGE(m, o, queries=5),
-    "rge antithetic": lambda m, o: RGE(m, o, queries=3, scheme="antithetic", distribution="sphere"),
+    "rge central": lambda m, o: RGE(m, o, queries=3, scheme="central", distribution="sphere"),
 }
 
 

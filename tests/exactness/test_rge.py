@@ -23,7 +23,7 @@ from deepzero.estimators import rge
 from exactness.judge import FLOAT32, WideRGE, autograd, double_batch, double_copy, restored
 
 DISTRIBUTIONS = ("gaussian", "sphere", "rademacher")
-SCHEMES = ("forward", "antithetic")
+SCHEMES = ("forward", "central")
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -278,7 +278,7 @@ def test_masked_out_weights_do_not_move():
     assert float((mean[chosen] - inside).norm()) <= 5 * math.sqrt(float(variance))
 
 
-@pytest.mark.parametrize(("scheme", "spent"), [("forward", 8), ("antithetic", 15)])
+@pytest.mark.parametrize(("scheme", "spent"), [("forward", 8), ("central", 15)])
 def test_queries_are_counted_and_the_budget_holds(scheme, spent):
     """q + 1 or 2 q + 1 evaluations, whatever the number of weights."""
     model, data = Linear(9), slopes(9)

@@ -12,8 +12,6 @@ from ..estimators.base import Estimate, Estimator, Mask, Objective, StepResult, 
 from ..estimators.checks import check_loss, check_mu, check_scheme, selected
 from .transaction import Snapshot, Transaction
 
-SCHEMES = ("forward", "central")
-
 
 class PlainLoop(Estimator):
     """One full forward per perturbed coordinate: the reference method, in the model's own precision.
@@ -37,7 +35,7 @@ class PlainLoop(Estimator):
         budget: int | None = None,
     ) -> None:
         self.model, self.objective = model, objective
-        self.mu, self.scheme = check_mu(mu), check_scheme(scheme, SCHEMES)
+        self.mu, self.scheme = check_mu(mu), check_scheme(scheme)
         self.queries, self.budget = 0, budget
 
     def estimate(self, batch: Any, mask: Mask | None = None) -> Estimate:

@@ -2,6 +2,7 @@
 
 from .base import Estimate, Estimator, Mask, Objective, StepResult
 from .cge import CGE
+from .engine_estimator import EngineEstimator
 from .rge import RGE
 
-__all__ = ["CGE", "RGE", "Estimate", "Estimator", "Mask", "Objective", "StepResult"]
+__all__ = ["CGE", "RGE", "EngineEstimator", "Estimate", "Estimator", "Mask", "Objective", "StepResult"]

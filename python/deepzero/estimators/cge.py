@@ -8,86 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base import Base
 from ..carriers import OneEntry, describe
-from ..engine import Engine, Prepared
-from ..errors import StepError
+from ..engine import Prepared
 from ..fusion import Step
 from ..plan import Line, Plan, missing_rules
-from ..state import set_random_state, uninterrupted, write_buffers
-from .base import Estimate, Estimator, Mask, Objective, StepResult, accumulate
-from .checks import check_finite, check_mu, check_scheme
-
-SCHEMES = {"forward": (1.0,), "central": (1.0, -1.0)}
-"""scheme -> the signs of the steps; the difference of the outermost losses is divided by their distance."""
-
-
-class EngineEstimator(Estimator):
-    """What the estimators on the difference engine share: the transaction around an estimate."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        *,
-        mu: float,
-        scheme: str,
-        schemes: Any,
-        precision: str,
-        block: int | None,
-        strict: bool,
-        budget: int | None,
-    ) -> None:
-        self.mu = check_mu(mu)
-        self.scheme = check_scheme(scheme, schemes)
-        self.engine = Engine(model, objective, precision=precision, strict=strict, block=block)
-        realised = float(torch.tensor(self.mu, dtype=torch.float64).to(self.engine.dtype))
-        if not 0 < realised < float("inf"):
-            raise StepError(
-                f"mu = {mu!r} is {realised} in {precision}, which is no step. Use one between 1e-30 and 1e30."
-            )
-        if budget is not None and (not isinstance(budget, int) or budget < 0):
-            raise ValueError(f"budget must be a number of queries or None, got {budget!r}")
-        self.model = model
-        self.objective = objective
-        self.budget = budget
-        self.queries = 0
-
-    def _count(self, selected: dict[str, Tensor]) -> int:
-        raise NotImplementedError
-
-    def _gradients(self, ready: Prepared, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def _work(self, batch: Any, mask: Mask | None) -> tuple[Prepared, dict[str, Tensor], int]:
-        selected = self.engine.selected(mask)
-        queries = self._count(selected)
-        self._spend(queries)
-        with self.engine.prepared(batch) as ready:
-            return ready, self._gradients(ready, selected), queries
-
-    def _done(self, queries: int) -> None:
-        """Count what an estimate that came through has spent."""
-        self.queries += queries
-
-    def estimate(self, batch: Any, mask: Mask | None = None) -> Estimate:
-        ready, grads, queries = self._work(batch, mask)
-        self._done(queries)
-        return Estimate(ready.loss, grads, queries)
-
-    def backward(self, batch: Any, mask: Mask | None = None) -> StepResult:
-        ready, grads, queries = self._work(batch, mask)
-        with uninterrupted():
-            write_buffers(self.model, ready.buffers)
-            set_random_state(ready.random)
-            accumulate(self.model, grads)
-            self._done(queries)
-        return StepResult(ready.loss, queries)
-
-    def _empty_grads(self, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(self.model.get_parameter(name), requires_grad=False) for name in selected}
+from .base import Mask
+from .checks import check_finite
+from .engine_estimator import EngineEstimator
 
 
 class CGE(EngineEstimator):
@@ -99,67 +29,28 @@ class CGE(EngineEstimator):
     Weights are never written, so mu is used exactly whatever the weights' dtype. Quotients match float64 quotients
     with the same step to about float32 rounding at any mu; the default is the paper's.
 
-    model, objective  ``objective(model, batch)`` returns the loss as a tensor with one element
-    mu                step, in weight units
-    precision         "float32", "bfloat16" (half-width operands of convolutions and matrix products, float32
-                      accumulation) or "float64"
-    block             perturbations handled together; None sizes blocks by memory
-    strict            raise :class:`NoRuleError` instead of evaluating an op without a rule the slow way
-    budget            most queries in all; :class:`BudgetError` before the estimate that would exceed it
-
-    Raises :class:`MaskError`, :class:`StepError`, :class:`ObjectiveError`, :class:`BudgetError` before any query.
+    Arguments and errors as in :class:`EngineEstimator`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        *,
-        mu: float = 5e-3,
-        scheme: str = "forward",
-        precision: str = "float32",
-        block: int | None = None,
-        strict: bool = False,
-        budget: int | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            objective,
-            mu=mu,
-            scheme=scheme,
-            schemes=SCHEMES,
-            precision=precision,
-            block=block,
-            strict=strict,
-            budget=budget,
-        )
-
     def _count(self, selected: dict[str, Tensor]) -> int:
-        return 1 + len(SCHEMES[self.scheme]) * sum(map(len, selected.values()))
-
-    def _quotients(self, differences: Tensor) -> Tensor:
-        """[signs, P] loss differences -> [P] quotients."""
-        if self.scheme == "forward":
-            return differences[0] / self.mu
-        return (differences[0] - differences[1]) / (2 * self.mu)
+        return 1 + len(self.signs) * sum(map(len, selected.values()))
 
     def _blocks(self, base: Base, name: str, where: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(coordinates [P, rank], quotients [P]) block by block."""
         engine = self.engine
         route = engine.route(base.graph, name)
-        signs = SCHEMES[self.scheme]
         for part in where.split(route.block):
             if not route.suffix and base.graph.loss not in base.graph.placeholders(name):
                 yield part, torch.zeros(len(part), dtype=torch.float64, device=part.device)
                 continue
-            losses = []
-            for sign in signs:
-                step = torch.full((len(part),), sign * self.mu, dtype=engine.dtype, device=part.device)
-                seed = OneEntry(route.shape, part, step)
-                losses.append(engine.run(base, route.steps, {name: seed}, len(part)))
+
+            def differences(step: float, part: Tensor = part) -> Tensor:
+                steps = torch.full((len(part),), step, dtype=engine.dtype, device=part.device)
+                return engine.run(base, route.steps, {name: OneEntry(route.shape, part, steps)}, len(part))
+
             # the step a difference starts from is mu rounded to the query dtype; divide by that very number
             realised = float(torch.tensor(self.mu, dtype=engine.dtype))
-            quotients = self._quotients(torch.stack(losses)) * (self.mu / realised)
+            quotients = self._quotients(differences) * (self.mu / realised)
             if not bool(quotients.isfinite().all()):
                 worst = int((~quotients.isfinite()).nonzero()[0, 0])
                 check_finite(float(quotients[worst]), f"with {name}{part[worst].tolist()} moved by {self.mu:g}")
@@ -178,13 +69,12 @@ class CGE(EngineEstimator):
     def _whole(self, ready: Prepared, selected: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
         whole = ready.whole
         assert whole is not None
-        signs = SCHEMES[self.scheme]
         for name, where in selected.items():
-            for sign in signs:
+            for sign in self.signs:
                 whole.check_step(name, where, sign * self.mu)
         for name, where in selected.items():
             for row in where:
-                moved = [whole.move(name, row, sign * self.mu) for sign in signs]
+                moved = [whole.move(name, row, sign * self.mu) for sign in self.signs]
                 losses = [whole.evaluate({name: value}) for value, _ in moved]
                 if self.scheme == "forward":
                     quotient = (losses[0] - whole.loss) / moved[0][1]
@@ -230,8 +120,7 @@ class CGE(EngineEstimator):
             last = now
 
         self.engine.run(base, route.steps, seed, len(part), observe)
-        signs = len(SCHEMES[self.scheme])
-        each = signs / len(part)
+        each = len(self.signs) / len(part)
         return Line(
             name,
             route.shape,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import MaskError, ObjectiveError, StepError
 from .base import Mask
+
+SCHEMES = {"forward": (1.0,), "central": (1.0, -1.0)}
+"""scheme -> the signs of the steps; the difference of the outermost losses is divided by their distance."""
 
 
 def check_mu(mu: float) -> float:
@@ -21,9 +24,9 @@ def check_mu(mu: float) -> float:
     return value
 
 
-def check_scheme(scheme: str, known: Collection[str]) -> str:
-    if scheme not in known:
-        raise ValueError(f"scheme must be one of {', '.join(map(repr, known))}, got {scheme!r}")
+def check_scheme(scheme: str) -> str:
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme must be one of {', '.join(map(repr, SCHEMES))}, got {scheme!r}")
     return scheme
 
 

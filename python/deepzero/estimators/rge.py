@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,8 +14,8 @@ from ..carriers import Dense
 from ..engine import Prepared
 from ..plan import MEMORY, peak_bytes
 from .base import Objective
-from .cge import EngineEstimator
 from .checks import check_finite
+from .engine_estimator import EngineEstimator
 
 Draw = Callable[[int, torch.Generator], Tensor]
 
@@ -37,15 +38,12 @@ def _rademacher(d: int, generator: torch.Generator) -> Tensor:
 DISTRIBUTIONS: dict[str, Draw] = {"gaussian": _gaussian, "sphere": _sphere, "rademacher": _rademacher}
 """distribution -> one direction u of dimension d with E[u u^T] = I."""
 
-SCHEMES = {"forward": 1, "antithetic": 2}
-"""scheme -> queries a direction."""
-
 
 class RGE(EngineEstimator):
     """Random-direction finite differences (paper, eq. 1), unbiased for the smoothed loss.
 
     g = (1/q) sum_i (L(w + mu u_i) - L(w)) / mu * u_i                 (scheme="forward", q + 1 queries)
-    g = (1/q) sum_i (L(w + mu u_i) - L(w - mu u_i)) / (2 mu) * u_i    (scheme="antithetic", 2 q + 1)
+    g = (1/q) sum_i (L(w + mu u_i) - L(w - mu u_i)) / (2 mu) * u_i    (scheme="central", 2 q + 1: antithetic pairs)
 
     with E[u u^T] = I over the selected coordinates, so the norm of g is about sqrt((q + d) / q) times the gradient's.
 
@@ -53,7 +51,7 @@ class RGE(EngineEstimator):
     distribution  "gaussian", "sphere" or "rademacher"
     seed          directions follow from (seed, number of the estimate) alone, never from the global random state
 
-    Other arguments and errors as in :class:`CGE`.
+    Other arguments and errors as in :class:`EngineEstimator`.
     """
 
     def __init__(
@@ -72,15 +70,7 @@ class RGE(EngineEstimator):
         budget: int | None = None,
     ) -> None:
         super().__init__(
-            model,
-            objective,
-            mu=mu,
-            scheme=scheme,
-            schemes=SCHEMES,
-            precision=precision,
-            block=block,
-            strict=strict,
-            budget=budget,
+            model, objective, mu=mu, scheme=scheme, precision=precision, block=block, strict=strict, budget=budget
         )
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, got {seed!r}")
@@ -106,7 +96,7 @@ class RGE(EngineEstimator):
         self.estimates += 1
 
     def _count(self, selected: dict[str, Tensor]) -> int:
-        return 1 + SCHEMES[self.scheme] * self.directions
+        return 1 + len(self.signs) * self.directions
 
     def _gradients(self, ready: Prepared, selected: dict[str, Tensor]) -> dict[str, Tensor]:
         parameters = {name: self.model.get_parameter(name) for name in selected}
@@ -122,11 +112,7 @@ class RGE(EngineEstimator):
             count = min(block, self.directions - start)
             draws = [DISTRIBUTIONS[self.distribution](len(total), generator) for _ in range(count)]
             u = torch.stack(draws).to(device)
-            plus = self._differences(ready, selected, u, self.mu)
-            if self.scheme == "antithetic":
-                slope = (plus - self._differences(ready, selected, u, -self.mu)) / (2 * self.mu)
-            else:
-                slope = plus / self.mu
+            slope = self._quotients(functools.partial(self._differences, ready, selected, u))
             if not bool(slope.isfinite().all()):
                 check_finite(float("nan"), f"along a random direction with mu={self.mu:g}")
             total += slope @ u.double()
@@ -148,15 +134,15 @@ class RGE(EngineEstimator):
         device = self.model.get_parameter(names[0]).device.type
         return max(1, min(self.directions, MEMORY.get(device, MEMORY["cpu"]) // need))
 
-    def _differences(self, ready: Prepared, selected: dict[str, Tensor], u: Tensor, mu: float) -> Tensor:
-        """Loss differences [P] in float64 at w + mu u."""
+    def _differences(self, ready: Prepared, selected: dict[str, Tensor], u: Tensor, step: float) -> Tensor:
+        """Loss differences [P] in float64 at w + step u."""
         parts = u.split([len(where) for where in selected.values()], dim=1)
         moved = {}
         for (name, where), part in zip(selected.items(), parts, strict=True):
             shape = self.model.get_parameter(name).shape
             values = torch.zeros((len(u), *shape), dtype=self.engine.dtype, device=u.device)
             at: Any = (slice(None), *where.unbind(1))
-            values[at] = (mu * part).to(self.engine.dtype)
+            values[at] = (step * part).to(self.engine.dtype)
             moved[name] = values
         if ready.whole is not None:
             whole = ready.whole
