@@ -19,8 +19,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import resumable  # noqa: E402
 
-TIMES = ("seconds", "queries_per_second")
-CLOCKS = ("seconds", "estimate_seconds")
+TIMES = ("seconds", "cpu_seconds", "queries_per_second")
+CLOCKS = ("seconds", "cpu_seconds", "estimate_seconds")
 
 
 def run(folder, *arguments):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,32 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
     assert lines[0].startswith("zo: step 1 of 4, loss ")
     assert lines[0].endswith("s left")
     assert lines[2].startswith("zo: epoch 1 of 2, train_loss ")
+
+
+def test_progress_of_a_part_leaves_epochs_to_the_whole():
+    stream = io.StringIO()
+    trainer = regression(callbacks=[Progress("zo", stream=stream, seconds=0.0, part=True)])
+    trainer.epochs = 1
+    trainer.fit()
+    assert [line.split(",")[0] for line in stream.getvalue().splitlines()] == ["zo: step 1 of 2", "zo: step 2 of 2"]
+
+
+def test_cpu_seconds_are_the_work_not_the_waiting():
+    class Wait(Callback):
+        def on_epoch(self, trainer, record):
+            records.append(record)
+
+    def evaluate(model):
+        time.sleep(0.2)
+        return {}
+
+    records = []
+    trainer = regression(evaluate=evaluate, callbacks=[Wait()])
+    trainer.epochs = 2
+    trainer.fit()
+    assert [r["cpu_seconds"] > 0 for r in records] == [True, True]
+    assert trainer.seconds - trainer.cpu_seconds > 0.2
+    assert trainer.state_dict()["counters"]["cpu_seconds"] == trainer.cpu_seconds == records[1]["cpu_seconds"]
 
 
 def test_tensorboard(tmp_path, monkeypatch):

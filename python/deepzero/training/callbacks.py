@@ -41,10 +41,13 @@ class Callback:
 
 
 class Progress(Callback):
-    """A tqdm bar with ETA, loss and queries/s on a terminal; elsewhere a line every ``seconds`` and every epoch."""
+    """A tqdm bar with ETA, loss and queries/s on a terminal; elsewhere a line every ``seconds``; a line every epoch.
 
-    def __init__(self, label: str, *, stream: IO[str] | None = None, seconds: float = 30.0) -> None:
-        self.label, self.seconds = label, seconds
+    part  of something larger that keeps its own record: no line at an epoch, and the bar vanishes at its end
+    """
+
+    def __init__(self, label: str, *, stream: IO[str] | None = None, seconds: float = 30.0, part: bool = False) -> None:
+        self.label, self.seconds, self.part = label, seconds, part
         self._stream = stream
         self._bar: Any = None
         self._last = time.monotonic()
@@ -56,7 +59,14 @@ class Progress(Callback):
     def on_start(self, trainer: Trainer) -> None:
         if self.stream.isatty():
             total = trainer.epochs * trainer.steps_per_epoch
-            self._bar = tqdm(total=total, initial=trainer.step, desc=self.label, unit="step", file=self.stream)
+            self._bar = tqdm(
+                total=total,
+                initial=trainer.step,
+                desc=self.label,
+                unit="step",
+                file=self.stream,
+                leave=not self.part,
+            )
 
     def on_step(self, trainer: Trainer, record: Record) -> None:
         if self._bar is not None:
@@ -72,6 +82,8 @@ class Progress(Callback):
             )
 
     def on_epoch(self, trainer: Trainer, record: Record) -> None:
+        if self.part:
+            return
         values = [f"{name} {record[name]:.4f}" for name in record if name.startswith(("train_", "test_"))]
         self._line(f"epoch {trainer.epoch} of {trainer.epochs}, {', '.join(values)}, {record['queries']:,} queries")
 

@@ -90,14 +90,17 @@ def build_loader(config: Config, images: ImageData) -> Loader:
     )
 
 
-def build_trainer(config: Config, images: ImageData, folder: Path, *, first_order: bool) -> Trainer:
+def build_trainer(
+    config: Config, images: ImageData, folder: Path, *, first_order: bool, progress: Callback | None = None
+) -> Trainer:
     """The trainer of a configuration, or of first-order training under the same masks, seeds and schedule."""
     model = build_model(config, images)
     loader = build_loader(config, images)
     factory = _chosen("optimizer", config.optimizer.name, OPTIMIZERS)
     options = _options("optimizer", config.optimizer.name, factory, config.optimizer.options, reserved=("params",))
     optimizer = cast("Optimizer", _made("optimizer", config.optimizer.name, factory, model.parameters(), **options))
-    callbacks: list[Callback] = [Metrics(folder / "metrics.jsonl"), Progress(_label(config, first_order=first_order))]
+    progress = progress or Progress(_label(config, first_order=first_order))
+    callbacks: list[Callback] = [Metrics(folder / "metrics.jsonl"), progress]
     if config.tensorboard:
         callbacks.append(TensorBoard(folder / "tensorboard"))
     callbacks.append(Checkpoints(folder / "checkpoints", every=config.checkpoint_every))
@@ -115,24 +118,24 @@ def build_trainer(config: Config, images: ImageData, folder: Path, *, first_orde
     )
 
 
-def start(config: Config, folder: Path) -> list[Outcome]:
-    """Train from scratch in a new ``folder``, which from then on can be resumed."""
+def start(config: Config, folder: Path, *, progress: Callback | None = None) -> list[Outcome]:
+    """Train from scratch in a new ``folder``, which from then on can be resumed; ``progress`` replaces the bar."""
     if (folder / "config.toml").exists():
         raise ConfigError(
             f"{folder} already holds a run. Resume it (deepzero resume {folder}), or choose another folder."
         )
-    trainers = _trainers(config, prepare(config), folder)
+    trainers = _trainers(config, prepare(config), folder, progress)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     return _train(config, trainers, resume=False)
 
 
-def resume(folder: Path) -> list[Outcome]:
+def resume(folder: Path, *, progress: Callback | None = None) -> list[Outcome]:
     """Go on with the run in ``folder`` from its last checkpoint."""
     if not (folder / "config.toml").exists():
         raise CheckpointError(f"{folder} holds no run: there is no config.toml in it. Give the folder of a run.")
     config = load_config(folder / "config.toml")
-    return _train(config, _trainers(config, prepare(config), folder), resume=True)
+    return _train(config, _trainers(config, prepare(config), folder, progress), resume=True)
 
 
 def prepare(config: Config) -> ImageData:
@@ -144,11 +147,11 @@ def prepare(config: Config) -> ImageData:
     return data.load(config.data.name, folder=config.data.folder, seed=config.seed)
 
 
-def _trainers(config: Config, images: ImageData, folder: Path) -> dict[Path, Trainer]:
+def _trainers(config: Config, images: ImageData, folder: Path, progress: Callback | None) -> dict[Path, Trainer]:
     """Folder -> trainer, the zeroth-order one first; all are built before any work, so that a mistake costs no run."""
     places = {folder: False, folder / FIRST_ORDER: True}
     return {
-        place: build_trainer(config, images, place, first_order=first_order)
+        place: build_trainer(config, images, place, first_order=first_order, progress=progress)
         for place, first_order in places.items()
         if config.first_order or not first_order
     }

@@ -35,8 +35,8 @@ class Trainer:
     monitor    the value of ``evaluate`` whose highest value marks the best checkpoint
     config     plain types describing the run, stored in its checkpoints
 
-    ``step``, ``epoch`` (finished ones), ``seconds`` (wall time inside the loop), ``best`` and ``best_epoch`` tell how
-    far it got.
+    ``step``, ``epoch`` (finished ones), ``seconds`` (wall time inside the loop), ``cpu_seconds`` (of all threads, the
+    same work on a busy machine), ``best`` and ``best_epoch`` tell how far it got.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Trainer:
         self.step = 0
         self.epoch = 0
         self.seconds = 0.0
+        self.cpu_seconds = 0.0
         self.estimate_seconds = 0.0
         self.best: float | None = None
         self.best_epoch: int | None = None
@@ -101,21 +102,22 @@ class Trainer:
                 batch = next(batches)
             except StopIteration:
                 break
-            started = time.perf_counter()
+            started = _clocks()
             try:
                 record = self._run_step(batch)
             except (KeyboardInterrupt, BudgetError):
                 if resumable:
                     self.loader.load_state_dict(before)  # type: ignore[attr-defined]
                 raise
-            self.seconds += time.perf_counter() - started
+            self._count(started)
             for callback in self.callbacks:
                 callback.on_step(self, record)
             if self._stop.requested:
                 raise KeyboardInterrupt
-        started = time.perf_counter()
+        started = _clocks()
         record = self._finish_epoch()
-        self.seconds += time.perf_counter() - started
+        self._count(started)
+        record |= {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         for callback in self.callbacks:
             callback.on_epoch(self, record)
 
@@ -168,8 +170,12 @@ class Trainer:
             **found,
             "queries": self.estimator.queries,
             "queries_per_second": self.queries_per_second,
-            "seconds": self.seconds,
         }
+
+    def _count(self, started: tuple[float, float]) -> None:
+        wall, cpu = _clocks()
+        self.seconds += wall - started[0]
+        self.cpu_seconds += cpu - started[1]
 
     @property
     def queries_per_second(self) -> float:
@@ -190,6 +196,7 @@ class Trainer:
                 "step": self.step,
                 "epoch": self.epoch,
                 "seconds": self.seconds,
+                "cpu_seconds": self.cpu_seconds,
                 "estimate_seconds": self.estimate_seconds,
                 "epoch_losses": list(self._epoch_losses),
             },
@@ -234,6 +241,7 @@ class Trainer:
         counters = state["counters"]
         self.step, self.epoch = counters["step"], counters["epoch"]
         self.seconds, self.estimate_seconds = counters["seconds"], counters["estimate_seconds"]
+        self.cpu_seconds = counters["cpu_seconds"]
         self._epoch_losses = list(counters["epoch_losses"])
         self.best, self.best_epoch = state["best"]["value"], state["best"]["epoch"]
         set_random_state(state["rng"])
@@ -247,3 +255,7 @@ class Trainer:
                 f"the checkpoint belongs to another model: {name} has shape {theirs.get(name, 'none')} in the "
                 f"checkpoint and {ours.get(name, 'none')} in the model. Resume with the model it was taken from."
             )
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
