@@ -29,8 +29,9 @@ def _kernel(
             row = pixel // Wo * STRIDE_H + i * DIL_H - PAD_H
             column = pixel % Wo * STRIDE_W + j * DIL_W - PAD_W
             inside = (pixel < Ho * Wo) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-            d = tl.load(delta + plane * H * W + row * W + column, mask=inside, other=0.0)
+            d = tl.load(delta + plane * H * W + row * W + column, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(weight + o * wo + c % in_per_group * wc + i * wh + j * ww, mask=own, other=0.0)
+            w = w.to(tl.float32)
             # Outside the group nothing may pass, not even a NaN of delta times the zero of a masked weight.
             total += tl.where(own[None, :], d[:, None] * w[None, :], 0.0)
     where = (plane * Ho * Wo + pixel[:, None]) * channels + o[None, :]
@@ -45,7 +46,8 @@ def channel_conv2d(
     channels, per_group, kernel_h, kernel_w = weight.shape
     rows, columns = output_size("channel_conv2d", height, width, (kernel_h, kernel_w), stride, padding, dilation)
     delta, channel = delta.contiguous(), channel.contiguous()
-    out = torch.empty(perturbations, samples, rows, columns, channels, dtype=delta.dtype, device=delta.device)
+    inner = out_dtype if out_dtype in (torch.float32, torch.bfloat16) else torch.float32
+    out = torch.empty(perturbations, samples, rows, columns, channels, dtype=inner, device=delta.device)
     if out.numel() > 0:
         block = min(64, triton.next_power_of_2(rows * columns))
         block_o = min(64, triton.next_power_of_2(channels))

@@ -25,7 +25,8 @@ def _kernel(
     column = pixel % Wo * STRIDE_W + j * DIL_W - PAD_W
     inside = (pixel < Ho * Wo) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
     source = x + n * xn + (o // out_per_group * in_per_group + c) * xc
-    value = tl.load(source + row * xh + column * xw, mask=inside, other=0.0) * tl.load(step + p)
+    value = tl.load(source + row * xh + column * xw, mask=inside, other=0.0).to(tl.float32)
+    value = value * tl.load(step + p).to(tl.float32)
     tl.store(out + plane * Ho * Wo + pixel, tl.where(inside, value, 0.0), mask=pixel < Ho * Wo)
 
 

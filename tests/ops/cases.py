@@ -1,0 +1,203 @@
+"""The table of kernel cases: one function per op. The same rows run in Triton's interpreter (interpret_triton.py) and,
+with the larger ones, on a GPU (test_gpu.py)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dzkernels
+from dzkernels import backends
+from helpers import UNIT, assert_bounded, assert_exact, integers, normal, small_ints, strided
+from ops import (
+    test_channel_batch_norm,
+    test_channel_linear_cross_entropy,
+    test_cross_entropy_difference,
+    test_dense_batch_norm,
+)
+
+# Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest: an error of up to a whole last place.
+HALF = UNIT[torch.bfloat16] * (2 if os.environ.get("TRITON_INTERPRET") == "1" else 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Keyword arguments of the op on the CPU, and how far a kernel may be from the reference.
+
+    bound   broadcasts over the result; one rounding to the dtype of the result is added, for the reference rounds too;
+            None: bit for bit
+    dtype   of the differences: a kernel that does not take it must say so
+    large   too slow for the interpreter
+    """
+
+    id: str
+    args: dict[str, Any]
+    bound: Tensor | float | None = None
+    dtype: torch.dtype = torch.float32
+    large: bool = False
+
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {}
+
+
+def cases(function: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]]:
+    """Register the cases of the op that the function is named after."""
+    CASES[function.__name__] = function
+    return function
+
+
+def check(op: str, case: Case, backend: str, device: str) -> None:
+    """`backend` on `device` against the reference on the CPU; in odd memory it gives the same bits again."""
+
+    def run(args: dict[str, Any]) -> Tensor:
+        moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in args.items()}
+        with dzkernels.use_backend(backend):
+            return getattr(dzkernels, op)(**moved).cpu()
+
+    if backends._refusal(backend, op, torch.device(device), case.dtype) is not None:
+        assert case.dtype != torch.float32, f"{backend} refuses {op}"
+        try:
+            run(case.args)
+        except dzkernels.BackendError:
+            return
+        raise AssertionError(f"{backend} has no {case.dtype} kernel for {op}, but ran it")
+    with dzkernels.use_backend("reference"):
+        wanted = getattr(dzkernels, op)(**case.args)
+    got = run(case.args)
+    assert _layout(got) == _layout(wanted), f"strides: got {got.stride()}, wanted {wanted.stride()}"
+    if case.bound is None:
+        assert_exact(got, wanted)
+    else:
+        assert got.dtype == wanted.dtype, f"dtype: got {got.dtype}, wanted {wanted.dtype}"
+        unit = HALF if wanted.dtype == torch.bfloat16 else UNIT[wanted.dtype]
+        assert_bounded(got, wanted, case.bound + 2 * unit * wanted.double().abs())
+    odd = run({name: strided(v) if isinstance(v, Tensor) else v for name, v in case.args.items()})
+    assert_exact(odd, got)
+
+
+def _layout(values: Tensor) -> list[int]:
+    """Strides where they matter."""
+    return [stride for stride, size in zip(values.stride(), values.shape, strict=True) if size > 1 and values.numel()]
+
+
+# N, Cin, H, W, O, kernel, stride, padding, dilation, groups
+CONVOLUTIONS = [
+    ("plain", (2, 3, 8, 8, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1)),
+    ("one image, one channel", (1, 1, 5, 7, 1, (3, 3), (1, 1), (0, 0), (1, 1), 1)),
+    ("stride, groups", (2, 4, 11, 10, 6, (3, 2), (3, 2), (1, 0), (1, 1), 2)),
+    ("dilation, depthwise", (1, 6, 9, 8, 6, (3, 3), (2, 1), (2, 3), (2, 3), 6)),
+    ("70 channels", (1, 2, 4, 30, 70, (1, 1), (1, 1), (0, 0), (1, 1), 1)),
+    ("large", (2, 5, 33, 70, 70, (3, 3), (1, 1), (1, 1), (1, 1), 1)),
+    # weights that do not fit into shared memory
+    ("large, 600 channels", (1, 2, 12, 12, 600, (7, 7), (1, 1), (3, 3), (1, 1), 1)),
+]
+
+
+def _geometries() -> Iterator[tuple[str, int, torch.dtype, tuple[int, int, int, int, int, Any], dict[str, Any]]]:
+    for name, (samples, channels, height, width, rows, kernel, *spacing) in CONVOLUTIONS:
+        geometry = dict(zip(("stride", "padding", "dilation", "groups"), spacing, strict=True))
+        for count in (0, 1, 2):
+            for dtype in (torch.float32, torch.bfloat16):
+                yield f"{name}, P={count}", count, dtype, (samples, channels, height, width, rows, kernel), geometry
+
+
+@cases
+def conv2d_tap() -> Iterator[Case]:
+    for name, count, dtype, (samples, channels, height, width, rows, kernel), geometry in _geometries():
+        sizes = (rows, channels // geometry["groups"], *kernel)
+        coord = torch.stack([integers([count], size, seed=k) for k, size in enumerate(sizes)], 1)
+        x = small_ints(samples, channels, height, width, seed=1, dtype=dtype)
+        args = {"x": x, "coord": coord, "step": torch.full((count,), 0.5, dtype=dtype), "kernel": kernel}
+        args |= {"out_channels": rows, **geometry}
+        yield Case(name, args, dtype=dtype, large="large" in name)
+        if count == 2:
+            moved = {"x": normal(*x.shape, seed=1).to(dtype), "step": normal(count, seed=2).to(dtype)}
+            bound = None if dtype == torch.float32 else 0.0  # one rounding, which the interpreter may do otherwise
+            yield Case(f"{name}, any values", args | moved, bound, dtype, "large" in name)
+
+
+@cases
+def channel_conv2d() -> Iterator[Case]:
+    for name, count, dtype, (samples, channels, height, width, rows, kernel), geometry in _geometries():
+        args = {
+            "delta": small_ints(count, samples, height, width, seed=2, low=-1, high=1, dtype=dtype),
+            "channel": integers([count], channels, seed=3),
+            "weight": small_ints(rows, channels // geometry["groups"], *kernel, seed=4, low=-2, high=2, dtype=dtype),
+            **geometry,
+        }
+        for out_dtype in (torch.float32, torch.bfloat16) if count == 2 else (dtype,):
+            yield Case(f"{name}, out {out_dtype}", args | {"out_dtype": out_dtype}, None, dtype, "large" in name)
+
+
+@cases
+def channel_batch_norm() -> Iterator[Case]:
+    shapes = [(3, 4, 3, 8, 8), (2, 1, 1, 5, 7), (3, 9, 4, 1, 1), (0, 2, 2, 6, 5), (1, 7, 5, 3, 11), (2, 9, 2, 24, 24)]
+    for shape in [*shapes, (5, 37, 6, 32, 33)]:
+        for pool in (1, 2, 3) if min(shape[3:]) > 2 else (1,):
+            for relu, training in ((True, True), (False, True), (True, False)):
+                args = test_channel_batch_norm.inputs(shape, 0.1, pool)
+                _, bound = test_channel_batch_norm.by_rerun(args, relu, training)
+                name = f"{shape}, pool={pool}, relu={relu}, training={training}"
+                yield Case(name, args | {"relu": relu, "training": training}, bound, large=shape[1] > 9)
+    args = test_channel_batch_norm.inputs((2, 4, 2, 8, 8))
+    z = args["x"].transpose(0, 1)[args["channel"]]
+    # What is left is eps and the rounding of z: the variance is taken anew from the same numbers everywhere.
+    args["delta"] = z * (2.0**-12 - 1)
+    yield Case("a vanishing variance", args, 2.0**-24 * 2.0**12 * 8)
+    planar = {name: args[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "y", "gap")}
+    args = test_channel_batch_norm.inputs((2, 4, 2, 8, 8)) | {"relu": True}
+    yield Case("planes", args | planar, test_channel_batch_norm.by_rerun(args, True)[1])
+
+
+@cases
+def dense_batch_norm() -> Iterator[Case]:
+    shapes = [(3, 4, 18, 8, 8), (2, 1, 1, 5, 7), (1, 3, 33, 5, 7), (2, 9, 3, 1, 1), (0, 2, 2, 6, 5), (2, 7, 16, 9, 10)]
+    residuals = (None, "dense", "bfloat16", "channel")
+    for shape in [*shapes, (3, 37, 70, 16, 17)]:
+        for pool in (1, 2, 3) if min(shape[3:]) > 2 else (1,):
+            for k, (relu, training) in enumerate(((True, True), (False, True), (True, False), (True, True))):
+                args = test_dense_batch_norm.inputs(shape, 0.1, pool)
+                residual = residuals[(k + pool) % 4]  # every pair of them somewhere
+                if residual == "channel":
+                    args["residual"] = normal(shape[0], shape[1], *shape[3:], seed=6)
+                    args["residual_channel"] = integers([shape[0]], shape[2], seed=7)
+                elif residual is not None:
+                    args["residual"] = test_dense_batch_norm.last(normal(*shape, seed=6))
+                    if residual == "bfloat16":
+                        args["residual"] = args["residual"].bfloat16()
+                dtype = torch.bfloat16 if k % 2 else torch.float32
+                args["delta"] = args["delta"].to(dtype)
+                _, bound = test_dense_batch_norm.by_rerun(args, relu, training)
+                args |= {"relu": relu, "training": training, "out_dtype": torch.bfloat16 if k > 1 else torch.float32}
+                name = f"{shape}, pool={pool}, relu={relu}, training={training}, residual={residual}"
+                yield Case(name, args, bound, dtype, shape[1] > 9)
+    args = test_dense_batch_norm.inputs((2, 4, 6, 8, 8))
+    args["delta"] = test_dense_batch_norm.last((args["zc"] * (2.0**-12 - 1)).expand(2, -1, -1, -1, -1))
+    yield Case("a vanishing variance", args, 2.0**-24 * 2.0**12 * 8)
+
+
+@cases
+def cross_entropy_difference() -> Iterator[Case]:
+    for shape in ((3, 5, 10), (2, 1, 2), (1, 3, 37), (2, 7, 1), (0, 2, 3), (2, 300, 10), (1, 3, 2100), (2, 300, 1000)):
+        for scale in (1e-6, 0.1, 30.0, 1e30):
+            log_probs, target, dlogits = test_cross_entropy_difference.inputs(*shape, scale)
+            e = dlogits.double() - dlogits.double().gather(2, target.expand(shape[0], -1).unsqueeze(2))
+            size = (log_probs.exp() * e.abs()).sum(2).mean(1) + (scale >= 0.1) * e.abs().amax(2).mean(1)
+            args = {"log_probs": log_probs, "target": target, "dlogits": dlogits}
+            yield Case(f"{shape}, scale={scale}", args, 64 * UNIT[torch.float64] * size, large=shape[1:] == (300, 1000))
+
+
+@cases
+def channel_linear_cross_entropy() -> Iterator[Case]:
+    for shape in ((5, 16, 10, 7), (1, 1, 2, 1), (2, 9, 33, 4), (2, 7, 1, 3), (0, 2, 3, 4), (2, 300, 1000, 64)):
+        for scale in (1e-6, 0.1, 30.0, 1e30):
+            args = test_channel_linear_cross_entropy.inputs(*shape, scale)
+            products = args["delta"].double().unsqueeze(2) * args["weight"].double().t()[args["channel"]].unsqueeze(1)
+            # the reference subtracts rounded products
+            bound = 64 * UNIT[torch.float64] * products.abs().amax(2).mean(1)
+            yield Case(f"{shape}, scale={scale}", args, bound, large=shape[1] == 300)
