@@ -3,6 +3,7 @@ with the larger ones, on a GPU (test_gpu.py)."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Case:
             None: bit for bit
     dtype   of the differences: a kernel that does not take it must say so
     large   too slow for the interpreter
+    nan     NaN is wanted wherever the reference has it, and nowhere else
     """
 
     id: str
@@ -40,6 +42,7 @@ class Case:
     bound: Tensor | float | None = None
     dtype: torch.dtype = torch.float32
     large: bool = False
+    nan: bool = False
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {}
@@ -70,6 +73,9 @@ def check(op: str, case: Case, backend: str, device: str) -> None:
         wanted = getattr(dzkernels, op)(**case.args)
     got = run(case.args)
     assert _layout(got) == _layout(wanted), f"strides: got {got.stride()}, wanted {wanted.stride()}"
+    if case.nan:
+        assert wanted.isnan().any() and torch.equal(got.isnan(), wanted.isnan()), "NaN in other places"
+        got, wanted = got.nan_to_num(0), wanted.nan_to_num(0)
     if case.bound is None:
         assert_exact(got, wanted)
     else:
@@ -77,6 +83,7 @@ def check(op: str, case: Case, backend: str, device: str) -> None:
         unit = HALF if wanted.dtype == torch.bfloat16 else UNIT[wanted.dtype]
         assert_bounded(got, wanted, case.bound + 2 * unit * wanted.double().abs())
     odd = run({name: strided(v) if isinstance(v, Tensor) else v for name, v in case.args.items()})
+    odd = odd.nan_to_num(0) if case.nan else odd
     assert_exact(odd, got)
 
 
@@ -190,6 +197,14 @@ def cross_entropy_difference() -> Iterator[Case]:
             size = (log_probs.exp() * e.abs()).sum(2).mean(1) + (scale >= 0.1) * e.abs().amax(2).mean(1)
             args = {"log_probs": log_probs, "target": target, "dlogits": dlogits}
             yield Case(f"{shape}, scale={scale}", args, 64 * UNIT[torch.float64] * size, large=shape[1:] == (300, 1000))
+    log_probs = torch.tensor([[0.0, -math.inf]], dtype=torch.float64)
+    dlogits = torch.tensor([[[0.0, 5.0]], [[math.nan, 0.0]], [[0.0, math.nan]]])
+    args = {"log_probs": log_probs, "target": torch.tensor([0]), "dlogits": dlogits}
+    yield Case("an impossible class, NaN", args, nan=True)
+    log_probs = torch.tensor([[-700.0, 0.0]], dtype=torch.float64)
+    dlogits = torch.tensor([[[60.0, 0.0]], [[800.0, 0.0]]])  # the sum of p expm1(e) is almost -1
+    args = {"log_probs": log_probs, "target": torch.tensor([0]), "dlogits": dlogits}
+    yield Case("a target that had no chance", args, 8 * UNIT[torch.float64] * 800)
 
 
 @cases

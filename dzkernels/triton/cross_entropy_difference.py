@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._cross_entropy import mean_change
+
+
+def cross_entropy_difference(log_probs: Tensor, target: Tensor, dlogits: Tensor) -> Tensor:
+    return mean_change(dlogits, log_probs, target)
