@@ -50,3 +50,23 @@ def relu_change(y, dy):
 def larger(a, b):
     """The larger one; NaN stays NaN."""
     return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def moved_norm(e1, e2, ze, shift, count, before):
+    """From the sums of e = d - shift, e^2 and zc e: the mean of d, the change of the variance, and the new variance
+    plus eps, all float64."""
+    mean_e = e1 / count
+    dvar = (2.0 * ze + e2) / count - mean_e * mean_e
+    return shift.to(tl.float64) + mean_e, dvar, before + dvar
+
+
+@triton.jit
+def norm_coefficients(mean_d, dvar, before, after, gamma):
+    """(shift, scale, pull, offset) with change = scale (d - shift) - (pull zc + offset), rounded to float32."""
+    s, t = tl.sqrt(before), tl.sqrt(after)
+    scale = gamma / t
+    shift = mean_d.to(tl.float32)
+    pull = gamma * dvar / (s * t * (s + t))
+    offset = scale * (mean_d - shift.to(tl.float64))
+    return shift, scale.to(tl.float32), pull.to(tl.float32), offset.to(tl.float32)

@@ -141,33 +141,39 @@ def channel_conv2d() -> Iterator[Case]:
             yield Case(f"{name}, out {out_dtype}", args | {"out_dtype": out_dtype}, None, dtype, "large" in name)
 
 
+# Almost nothing of the spread is left but s' >= sqrt(eps), and of two terms that cancel: 8 roundings of gamma |z| / s'.
+_VANISHING = 8 * UNIT[torch.float32] / math.sqrt(1e-5)
+
+
 @cases
 def channel_batch_norm() -> Iterator[Case]:
-    shapes = [(3, 4, 3, 8, 8), (2, 1, 1, 5, 7), (3, 9, 4, 1, 1), (0, 2, 2, 6, 5), (1, 7, 5, 3, 11), (2, 9, 2, 24, 24)]
+    shapes = [(2, 4, 3, 8, 8), (2, 1, 1, 5, 7), (3, 9, 4, 1, 1), (0, 2, 2, 6, 5), (1, 15, 2, 24, 24)]
     for shape in [*shapes, (5, 37, 6, 32, 33)]:
         for pool in (1, 2, 3) if min(shape[3:]) > 2 else (1,):
-            for relu, training in ((True, True), (False, True), (True, False)):
+            for relu, training in ((True, True), (False, True), (True, False))[: 1 if pool == 3 else 3]:
                 args = test_channel_batch_norm.inputs(shape, 0.1, pool)
-                _, bound = test_channel_batch_norm.by_rerun(args, relu, training)
+                bound = test_channel_batch_norm.by_rerun(args, relu, training)[1] if shape[0] else 0.0
                 name = f"{shape}, pool={pool}, relu={relu}, training={training}"
-                yield Case(name, args | {"relu": relu, "training": training}, bound, large=shape[1] > 9)
+                yield Case(name, args | {"relu": relu, "training": training}, bound, large=shape[1] == 37)
     args = test_channel_batch_norm.inputs((2, 4, 2, 8, 8))
     z = args["x"].transpose(0, 1)[args["channel"]]
-    # What is left is eps and the rounding of z: the variance is taken anew from the same numbers everywhere.
     args["delta"] = z * (2.0**-12 - 1)
-    yield Case("a vanishing variance", args, 2.0**-24 * 2.0**12 * 8)
-    planar = {name: args[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "y", "gap")}
-    args = test_channel_batch_norm.inputs((2, 4, 2, 8, 8)) | {"relu": True}
-    yield Case("planes", args | planar, test_channel_batch_norm.by_rerun(args, True)[1])
+    largest = (args["gamma"].double()[args["channel"]].abs() * z.double().abs().amax((1, 2, 3)))[:, None, None, None]
+    yield Case("a vanishing variance", args, _VANISHING * largest)
+    args = test_channel_batch_norm.inputs((2, 4, 2, 8, 8), 1.0, 2) | {"relu": True}
+    planes = {name: args[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "y", "gap")}
+    yield Case("planes", args | planes, test_channel_batch_norm.by_rerun(args, True)[1])
+    args["delta"][1, 0, 0, 0] = math.nan
+    yield Case("NaN", args, test_channel_batch_norm.by_rerun(args, True)[1].nan_to_num(0), nan=True)
 
 
 @cases
 def dense_batch_norm() -> Iterator[Case]:
     shapes = [(3, 4, 18, 8, 8), (2, 1, 1, 5, 7), (1, 3, 33, 5, 7), (2, 9, 3, 1, 1), (0, 2, 2, 6, 5), (2, 7, 16, 9, 10)]
     residuals = (None, "dense", "bfloat16", "channel")
-    for shape in [*shapes, (3, 37, 70, 16, 17)]:
+    for shape in [*shapes, (2, 19, 70, 12, 17)]:
         for pool in (1, 2, 3) if min(shape[3:]) > 2 else (1,):
-            for k, (relu, training) in enumerate(((True, True), (False, True), (True, False), (True, True))):
+            for k, (relu, training) in enumerate(((True, True), (False, True), (True, False), (True, True))[: 5 - pool]):
                 args = test_dense_batch_norm.inputs(shape, 0.1, pool)
                 residual = residuals[(k + pool) % 4]  # every pair of them somewhere
                 if residual == "channel":
@@ -179,13 +185,17 @@ def dense_batch_norm() -> Iterator[Case]:
                         args["residual"] = args["residual"].bfloat16()
                 dtype = torch.bfloat16 if k % 2 else torch.float32
                 args["delta"] = args["delta"].to(dtype)
-                _, bound = test_dense_batch_norm.by_rerun(args, relu, training)
+                bound = test_dense_batch_norm.by_rerun(args, relu, training)[1] if shape[0] else 0.0
                 args |= {"relu": relu, "training": training, "out_dtype": torch.bfloat16 if k > 1 else torch.float32}
                 name = f"{shape}, pool={pool}, relu={relu}, training={training}, residual={residual}"
-                yield Case(name, args, bound, dtype, shape[1] > 9)
+                yield Case(name, args, bound, dtype, shape[1] == 19)
     args = test_dense_batch_norm.inputs((2, 4, 6, 8, 8))
     args["delta"] = test_dense_batch_norm.last((args["zc"] * (2.0**-12 - 1)).expand(2, -1, -1, -1, -1))
-    yield Case("a vanishing variance", args, 2.0**-24 * 2.0**12 * 8)
+    largest = (args["gamma"].double().abs() * args["zc"].double().abs().amax((0, 2, 3)))[:, None, None]
+    yield Case("a vanishing variance", args, _VANISHING * largest)
+    args = test_dense_batch_norm.inputs((2, 2, 18, 4, 4), 1.0, 2) | {"relu": True}
+    args["delta"][1, 0, 3, 1, 1] = math.nan
+    yield Case("NaN", args, test_dense_batch_norm.by_rerun(args, True, True)[1].nan_to_num(0), nan=True)
 
 
 @cases

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 
 import dzkernels
 from dzkernels import backends
+from ops.cases import CASES, check
 
 
 def run(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -125,14 +128,33 @@ def test_cuda_tensors_fall_back_in_order(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: None)
     with caplog.at_level(logging.WARNING, logger="dzkernels"):
         assert backends.choose("conv2d_tap", device, torch.float32) == "triton"
+        monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: "no compiler")
         assert backends.choose("channel_batch_norm", device, torch.float32) == "reference"
     assert [record.getMessage() for record in caplog.records] == [
         "dz::conv2d_tap runs on backend 'triton' because better ones cannot (cuda: no driver)",
         "dz::channel_batch_norm runs on backend 'reference' because better ones cannot "
-        "(cuda: no driver; triton: it has no kernel for channel_batch_norm)",
+        "(cuda: no driver; triton: no compiler)",
     ]
     monkeypatch.setitem(backends._REFUSALS, "cuda", lambda device, dtype: None)
     assert backends.choose("conv2d_tap", device, torch.float32) == "cuda"
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_the_table_of_cases_holds_for_the_cpu_kernels(op: str) -> None:
+    for case in CASES[op]():
+        check(op, case, "cpu", "cpu")
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_a_wrong_kernel_does_not_pass(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(backend: str, op: str) -> Callable[..., Tensor]:
+        kernel = getattr(importlib.import_module(f"dzkernels.{backend}.{op}"), op)
+        return kernel if backend == "reference" else lambda *args, **kwargs: kernel(*args, **kwargs) * (1 + 2.0**-5)
+
+    monkeypatch.setattr(backends, "implementation", wrong)
+    case = next(case for case in CASES[op]() if "P=2" in case.id or case.bound is not None)
+    with pytest.raises(AssertionError, match=r"not equal|out of bounds"):
+        check(op, case, "cpu", "cpu")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
