@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import larger, moved_norm, norm_coefficients, relu_change
+
+# A tile has ROWS pixels and a few channels. The partition of the sums depends on the shape of one perturbation alone,
+# and so do their bits: float32 within a place of the tile, over LOOPS tiles, and float64 from there on.
+TILE = 2048
+LOOPS = 16
+_HALVES = (torch.float32, torch.bfloat16)
+
+
+@triton.jit
+def _moments(
+    delta, zc, parts, P, R, C, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOPS: tl.constexpr
+):  # fmt: skip
+    """parts[p, chunk] = (shift, sums of e, e^2 and zc e) of each channel, e = d - shift."""
+    # perturbations next to each other: they share the chunk of zc, which stays in L2
+    p, chunk = (tl.program_id(0) % P).to(tl.int64), tl.program_id(0) // P
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    d_p = delta + p * R * C
+    # The mean of 8 pixels: near enough to the mean of all, so that sums about it do not cancel.
+    k, seen = tl.arange(0, 8), tl.minimum(R, 8)
+    at = (k.to(tl.int64) * R // seen)[:, None] * C + c[None, :]
+    some = tl.load(d_p + at, mask=(k < seen)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+    shift = tl.sum(some, 0) / seen
+    e1 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    e2 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    ze = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for loop in range(0, LOOPS):
+        r = (chunk * LOOPS + loop) * ROWS + tl.arange(0, ROWS)
+        inside = (r < R)[:, None] & (c < C)[None, :]
+        at = r.to(tl.int64)[:, None] * C + c[None, :]
+        d = tl.load(d_p + at, mask=inside, other=0.0).to(tl.float32)
+        e = tl.where(inside, d - shift[None, :], 0.0)
+        e1 += e
+        e2 += e * e
+        ze += e * tl.load(zc + at, mask=inside, other=0.0)
+    to = parts + (p * chunks + chunk) * 4 * C + c
+    tl.store(to, shift.to(tl.float64), mask=c < C)
+    tl.store(to + C, tl.sum(e1.to(tl.float64), 0), mask=c < C)
+    tl.store(to + 2 * C, tl.sum(e2.to(tl.float64), 0), mask=c < C)
+    tl.store(to + 3 * C, tl.sum(ze.to(tl.float64), 0), mask=c < C)
+
+
+@triton.jit
+def _finish(
+    delta, zc, var, gamma, parts, coefficients, R, C, chunks,
+    EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    p, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    own = parts + p * chunks * 4 * C
+    e1 = tl.zeros((COLUMNS,), dtype=tl.float64)
+    e2 = tl.zeros((COLUMNS,), dtype=tl.float64)
+    ze = tl.zeros((COLUMNS,), dtype=tl.float64)
+    for first in range(0, chunks, AT_ONCE):
+        k = first + tl.arange(0, AT_ONCE)
+        at, inside = k[:, None] * 4 * C + c[None, :], (k < chunks)[:, None] & (c < C)[None, :]
+        e1 += tl.sum(tl.load(own + at + C, mask=inside, other=0.0), 0)
+        e2 += tl.sum(tl.load(own + at + 2 * C, mask=inside, other=0.0), 0)
+        ze += tl.sum(tl.load(own + at + 3 * C, mask=inside, other=0.0), 0)
+    before = tl.load(var + c, mask=c < C, other=1.0) + EPS
+    g = tl.load(gamma + c, mask=c < C, other=0.0)
+    mean_d, dvar, after = moved_norm(e1, e2, ze, tl.load(own + c, mask=c < C, other=0.0), R, before)
+    vanishing = after < before / 16.0
+    if tl.max(vanishing.to(tl.int32), 0) > 0:  # four bits are gone: take that variance from the moved values themselves
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float64)
+        for first in range(0, R, ROWS):
+            r = first + tl.arange(0, ROWS)
+            inside = (r < R)[:, None] & (c < C)[None, :]
+            at = r.to(tl.int64)[:, None] * C + c[None, :]
+            d = tl.load(delta + p * R * C + at, mask=inside, other=0.0).to(tl.float64)
+            moved = tl.load(zc + at, mask=inside, other=0.0).to(tl.float64) + (d - mean_d[None, :])
+            total += tl.where(inside, moved * moved, 0.0)
+        after = tl.where(vanishing, tl.sum(total, 0) / R + EPS, after)
+    shift, scale, pull, offset = norm_coefficients(mean_d, dvar, before, after, g)
+    to = coefficients + p * 4 * C + c
+    tl.store(to, shift, mask=c < C)
+    tl.store(to + C, scale, mask=c < C)
+    tl.store(to + 2 * C, pull, mask=c < C)
+    tl.store(to + 3 * C, offset, mask=c < C)
+
+
+@triton.jit
+def _apply(
+    delta, zc, coefficients, residual, residual_channel, y, gap, out, P, R, C, Q, H, W, Ho, Wo,
+    TRAINING: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """RESIDUAL: "none", "dense" or "channel"."""
+    p, q = (tl.program_id(0) % P).to(tl.int64), tl.program_id(0) // P * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (q < Q)[:, None] & (c < C)[None, :]
+    if TRAINING:
+        own = coefficients + p * 4 * C + c
+        shift = tl.load(own, mask=c < C, other=0.0)[None, :]
+        scale = tl.load(own + C, mask=c < C, other=0.0)[None, :]
+        pull = tl.load(own + 2 * C, mask=c < C, other=0.0)[None, :]
+        offset = tl.load(own + 3 * C, mask=c < C, other=0.0)[None, :]
+    else:
+        scale = tl.load(coefficients + c, mask=c < C, other=0.0)[None, :]
+    corner = q.to(tl.int64)
+    if POOL > 1:
+        corner = (corner // (Ho * Wo) * H + q // Wo % Ho * POOL) * W + q % Wo * POOL
+    best = tl.full((ROWS, COLUMNS), float("-inf"), dtype=tl.float32)
+    for k in range(0, POOL * POOL):
+        r = corner + k // POOL * W + k % POOL
+        at = r[:, None] * C + c[None, :]
+        d = tl.load(delta + p * R * C + at, mask=inside, other=0.0).to(tl.float32)
+        if TRAINING:
+            change = scale * (d - shift) - (pull * tl.load(zc + at, mask=inside, other=0.0) + offset)
+        else:
+            change = scale * d
+        if RESIDUAL == "dense":
+            change += tl.load(residual + p * R * C + at, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL == "channel":
+            moved = tl.load(residual + p * R + r, mask=q < Q, other=0.0)[:, None]
+            change += tl.where(c[None, :] == tl.load(residual_channel + p), moved, 0.0)
+        if RELU:
+            change = relu_change(tl.load(y + at, mask=inside, other=0.0), change)
+        if POOL > 1:
+            change += tl.load(gap + at, mask=inside, other=0.0)
+        best = larger(best, change)
+    tl.store(out + (p * Q + q)[:, None] * C + c[None, :], best, mask=inside)
+
+
+def dense_batch_norm(
+    delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool, residual: Tensor | None,
+    residual_channel: Tensor | None, y: Tensor | None, pool: int, gap: Tensor | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    delta, zc, var, gamma = _last(delta), _last(zc), var.contiguous(), gamma.contiguous()
+    kind = "none" if residual is None else "dense" if residual_channel is None else "channel"
+    if residual is not None:
+        residual = _last(residual) if kind == "dense" else residual.contiguous()
+        residual = residual if residual.dtype in _HALVES else residual.float()
+        residual_channel = residual_channel.contiguous() if residual_channel is not None else None
+    y, gap = _last(y) if y is not None else None, _last(gap) if gap is not None else None
+    perturbations, samples, height, width, channels = delta.shape
+    rows, columns = height // pool, width // pool
+    inner = out_dtype if out_dtype in _HALVES else torch.float32
+    out = torch.empty(perturbations, samples, rows, columns, channels, dtype=inner, device=delta.device)
+    if perturbations > 0:
+        pixels, results = samples * height * width, samples * rows * columns
+        across = min(64, triton.next_power_of_2(channels))
+        down, strips = TILE // across, triton.cdiv(channels, across)
+        if training:
+            chunks = triton.cdiv(pixels, down * LOOPS)
+            parts = torch.empty(perturbations, chunks, 4, channels, dtype=torch.float64, device=delta.device)
+            coefficients = torch.empty(perturbations, 4, channels, dtype=torch.float32, device=delta.device)
+            _moments[(perturbations * chunks, strips)](
+                delta, zc, parts, perturbations, pixels, channels, chunks, ROWS=down, COLUMNS=across, LOOPS=LOOPS
+            )
+            _finish[(perturbations, strips)](
+                delta, zc, var, gamma, parts, coefficients, pixels, channels, chunks, EPS=eps, ROWS=down,
+                COLUMNS=across, AT_ONCE=16,
+            )  # fmt: skip
+        else:
+            coefficients = (gamma / (var + eps).sqrt()).float()
+        _apply[(perturbations * triton.cdiv(results, down), strips)](
+            delta, zc, coefficients, residual, residual_channel, y, gap, out, perturbations, pixels, channels, results,
+            height, width, rows, columns, TRAINING=training, RESIDUAL=kind, RELU=y is not None, POOL=pool, ROWS=down,
+            COLUMNS=across,
+        )  # fmt: skip
+    return out.to(out_dtype).permute(0, 1, 4, 2, 3)
+
+
+def _last(values: Tensor) -> Tensor:
+    """[..., C, H, W] as contiguous [..., H, W, C]; no copy where it lies so already."""
+    return values.movedim(-3, -1).contiguous()
