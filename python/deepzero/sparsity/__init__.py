@@ -1,6 +1,17 @@
 """Which coordinates each step estimates."""
 
-from .masks import Fixed, LayerwiseRandom, MaskPolicy, UniformRandom
+from .masks import CostAware, Fixed, LayerwiseRandom, MaskPolicy, UniformRandom, parameter_names, prune
 from .ratios import LayerRatios
+from .schedules import Schedule
 
-__all__ = ["Fixed", "LayerRatios", "LayerwiseRandom", "MaskPolicy", "UniformRandom"]
+__all__ = [
+    "CostAware",
+    "Fixed",
+    "LayerRatios",
+    "LayerwiseRandom",
+    "MaskPolicy",
+    "Schedule",
+    "UniformRandom",
+    "parameter_names",
+    "prune",
+]
