@@ -8,9 +8,9 @@ from torch import Tensor
 from ._common import larger, moved_norm, norm_coefficients, relu_change
 
 # A tile has ROWS pixels and a few channels. The partition of the sums depends on the shape of one perturbation alone,
-# and so do their bits: float32 within a place of the tile, over LOOPS tiles, and float64 from there on.
-TILE = 2048
-LOOPS = 16
+# and so do their bits: float32 within a place of the tile, over LOOPS tiles at most, and float64 from there on.
+TILE = 1024
+LOOPS = 32
 _HALVES = (torch.float32, torch.bfloat16)
 
 
@@ -25,8 +25,11 @@ def _moments(
     d_p = delta + p * R * C
     # The mean of 8 pixels: near enough to the mean of all, so that sums about it do not cancel.
     k, seen = tl.arange(0, 8), tl.minimum(R, 8)
-    at = (k.to(tl.int64) * R // seen)[:, None] * C + c[None, :]
-    some = tl.load(d_p + at, mask=(k < seen)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+    some = tl.load(
+        d_p + (k.to(tl.int64) * R // seen)[:, None] * C + c[None, :],
+        mask=(k < seen)[:, None] & (c < C)[None, :],
+        other=0.0,
+    ).to(tl.float32)
     shift = tl.sum(some, 0) / seen
     e1 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     e2 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -59,10 +62,10 @@ def _finish(
     ze = tl.zeros((COLUMNS,), dtype=tl.float64)
     for first in range(0, chunks, AT_ONCE):
         k = first + tl.arange(0, AT_ONCE)
-        at, inside = k[:, None] * 4 * C + c[None, :], (k < chunks)[:, None] & (c < C)[None, :]
-        e1 += tl.sum(tl.load(own + at + C, mask=inside, other=0.0), 0)
-        e2 += tl.sum(tl.load(own + at + 2 * C, mask=inside, other=0.0), 0)
-        ze += tl.sum(tl.load(own + at + 3 * C, mask=inside, other=0.0), 0)
+        sums, known = own + k[:, None] * 4 * C + c[None, :], (k < chunks)[:, None] & (c < C)[None, :]
+        e1 += tl.sum(tl.load(sums + C, mask=known, other=0.0), 0)
+        e2 += tl.sum(tl.load(sums + 2 * C, mask=known, other=0.0), 0)
+        ze += tl.sum(tl.load(sums + 3 * C, mask=known, other=0.0), 0)
     before = tl.load(var + c, mask=c < C, other=1.0) + EPS
     g = tl.load(gamma + c, mask=c < C, other=0.0)
     mean_d, dvar, after = moved_norm(e1, e2, ze, tl.load(own + c, mask=c < C, other=0.0), R, before)
@@ -148,11 +151,12 @@ def dense_batch_norm(
         across = min(64, triton.next_power_of_2(channels))
         down, strips = TILE // across, triton.cdiv(channels, across)
         if training:
-            chunks = triton.cdiv(pixels, down * LOOPS)
+            loops = min(LOOPS, triton.next_power_of_2(triton.cdiv(pixels, down)))
+            chunks = triton.cdiv(pixels, down * loops)
             parts = torch.empty(perturbations, chunks, 4, channels, dtype=torch.float64, device=delta.device)
             coefficients = torch.empty(perturbations, 4, channels, dtype=torch.float32, device=delta.device)
             _moments[(perturbations * chunks, strips)](
-                delta, zc, parts, perturbations, pixels, channels, chunks, ROWS=down, COLUMNS=across, LOOPS=LOOPS
+                delta, zc, parts, perturbations, pixels, channels, chunks, ROWS=down, COLUMNS=across, LOOPS=loops
             )
             _finish[(perturbations, strips)](
                 delta, zc, var, gamma, parts, coefficients, pixels, channels, chunks, EPS=eps, ROWS=down,
