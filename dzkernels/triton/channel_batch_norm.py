@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import larger, moved_norm, norm_coefficients, relu_change
+from ._config import Config, launch
 
 # The partition of the sums depends on nothing but the size of a channel, and so do their bits: float32 within a lane of
 # a chunk, float64 from there on.
@@ -145,11 +146,17 @@ def channel_batch_norm(
         )  # fmt: skip
     else:
         coefficients = (gamma / (var + eps).sqrt()).float()
-    block = min(BLOCK, triton.next_power_of_2(results))
     none = (0, 0, 0, 0)
-    _apply[(perturbations * triton.cdiv(results, block),)](
-        delta, channel, x, mean, coefficients, y, gap, out, perturbations, size, results, height, width, rows, columns,
-        *x.stride(), *(y.stride() if y is not None else none), *(gap.stride() if gap is not None else none),
-        TRAINING=training, RELU=y is not None, POOL=pool, PLANES=planes, BLOCK=block,
-    )  # fmt: skip
+
+    def run(config: Config) -> None:
+        _apply[(perturbations * triton.cdiv(results, config["BLOCK"]),)](
+            delta, channel, x, mean, coefficients, y, gap, out, perturbations, size, results, height, width, rows,
+            columns, *x.stride(), *(y.stride() if y is not None else none),
+            *(gap.stride() if gap is not None else none), TRAINING=training, RELU=y is not None, POOL=pool,
+            PLANES=planes, **config,
+        )  # fmt: skip
+
+    block = min(BLOCK, triton.next_power_of_2(results))
+    configs = [{"BLOCK": block * k, "num_warps": warps} for k, warps in ((1, 4), (1, 8), (2, 4), (2, 8), (4, 8))]
+    launch("channel_batch_norm", (perturbations, results, pool, planes), configs, run)
     return out

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._check import output_size
+from ._config import Config, launch
 
 Size = tuple[int, int]
 
@@ -49,11 +50,19 @@ def channel_conv2d(
     inner = out_dtype if out_dtype in (torch.float32, torch.bfloat16) else torch.float32
     out = torch.empty(perturbations, samples, rows, columns, channels, dtype=inner, device=delta.device)
     if out.numel() > 0:
-        block = min(64, triton.next_power_of_2(rows * columns))
-        block_o = min(64, triton.next_power_of_2(channels))
-        grid = (perturbations * samples, triton.cdiv(rows * columns, block), triton.cdiv(channels, block_o))
-        _kernel[grid](
-            delta, channel, weight, out, samples, height, width, rows, columns, channels, *weight.stride(), per_group,
-            channels // groups, kernel_h, kernel_w, *stride, *padding, *dilation, BLOCK=block, BLOCK_O=block_o,
-        )  # fmt: skip
+
+        def run(config: Config) -> None:
+            planes, pixels = perturbations * samples, triton.cdiv(rows * columns, config["BLOCK"])
+            _kernel[(planes, pixels, triton.cdiv(channels, config["BLOCK_O"]))](
+                delta, channel, weight, out, samples, height, width, rows, columns, channels, *weight.stride(),
+                per_group, channels // groups, kernel_h, kernel_w, *stride, *padding, *dilation, **config,
+            )  # fmt: skip
+
+        whole, across = triton.next_power_of_2(rows * columns), triton.next_power_of_2(channels)
+        configs = [
+            {"BLOCK": min(block, whole), "BLOCK_O": min(block_o, across), "num_warps": warps}
+            for block, block_o, warps in ((64, 64, 4), (128, 32, 4), (128, 64, 8), (256, 16, 4))
+        ]
+        sizes = (perturbations, samples, rows, columns, channels, kernel_h, kernel_w, delta.dtype, inner)
+        launch("channel_conv2d", sizes, configs, run)
     return out.to(out_dtype).permute(0, 1, 4, 2, 3)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._check import output_size
+from ._config import Config, launch
 
 Size = tuple[int, int]
 
@@ -40,9 +41,14 @@ def conv2d_tap(
     out = torch.empty(coord.shape[0], samples, rows, columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    block = min(1024, triton.next_power_of_2(rows * columns))
-    _kernel[(coord.shape[0] * samples, triton.cdiv(rows * columns, block))](
-        x, coord, step, out, samples, height, width, rows, columns, *x.stride(), channels // groups,
-        out_channels // groups, *stride, *padding, *dilation, BLOCK=block,
-    )  # fmt: skip
+
+    def run(config: Config) -> None:
+        _kernel[(coord.shape[0] * samples, triton.cdiv(rows * columns, config["BLOCK"]))](
+            x, coord, step, out, samples, height, width, rows, columns, *x.stride(), channels // groups,
+            out_channels // groups, *stride, *padding, *dilation, **config,
+        )  # fmt: skip
+
+    whole = triton.next_power_of_2(rows * columns)
+    configs = [{"BLOCK": min(block, whole), "num_warps": warps} for block, warps in ((1024, 4), (512, 4), (256, 2))]
+    launch("conv2d_tap", (coord.shape[0], *x.shape, rows, columns, x.dtype), configs, run)
     return out

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import larger, moved_norm, norm_coefficients, relu_change
+from ._config import Config, launch
 
 # A tile has ROWS pixels and a few channels. The partition of the sums depends on the shape of one perturbation alone,
 # and so do their bits: float32 within a place of the tile, over LOOPS tiles at most, and float64 from there on.
@@ -164,11 +165,17 @@ def dense_batch_norm(
             )  # fmt: skip
         else:
             coefficients = (gamma / (var + eps).sqrt()).float()
-        _apply[(perturbations * triton.cdiv(results, down), strips)](
-            delta, zc, coefficients, residual, residual_channel, y, gap, out, perturbations, pixels, channels, results,
-            height, width, rows, columns, TRAINING=training, RESIDUAL=kind, RELU=y is not None, POOL=pool, ROWS=down,
-            COLUMNS=across,
-        )  # fmt: skip
+
+        def run(config: Config) -> None:
+            _apply[(perturbations * triton.cdiv(results, config["ROWS"]), strips)](
+                delta, zc, coefficients, residual, residual_channel, y, gap, out, perturbations, pixels, channels,
+                results, height, width, rows, columns, TRAINING=training, RESIDUAL=kind, RELU=y is not None, POOL=pool,
+                COLUMNS=across, **config,
+            )  # fmt: skip
+
+        configs = [{"ROWS": down * k, "num_warps": warps} for k, warps in ((1, 4), (1, 8), (2, 4), (2, 8), (4, 8))]
+        traffic = (perturbations, results, channels, pool, delta.dtype, kind, inner)
+        launch("dense_batch_norm", traffic, configs, run)
     return out.to(out_dtype).permute(0, 1, 4, 2, 3)
 
 

@@ -109,7 +109,7 @@ def _geometries() -> Iterator[tuple[str, int, torch.dtype, tuple[int, int, int, 
     for name, (samples, channels, height, width, rows, kernel, *spacing) in CONVOLUTIONS:
         geometry = dict(zip(("stride", "padding", "dilation", "groups"), spacing, strict=True))
         for count in (0, 1, 2):
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in ((torch.float32,), (torch.bfloat16,), (torch.float32, torch.bfloat16))[count]:
                 yield f"{name}, P={count}", count, dtype, (samples, channels, height, width, rows, kernel), geometry
 
 

@@ -1,0 +1,84 @@
+"""Block sizes and warps of a launch: the default for its shape, or with DZ_TUNE=1 the fastest of a few, measured once.
+
+What is measured is kept in ~/.cache/deepzero/triton.json (or under XDG_CACHE_HOME) by device and version of Triton.
+Only launches whose results do not depend on the configuration are tuned, so tuning moves no bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Config = dict[str, int]  # keyword arguments of the launch: constexpr block sizes, num_warps
+
+_tuned: dict[str, Config] = {}
+
+
+def launch(name: str, shape: Sequence[Any], configs: Sequence[Config], run: Callable[[Config], None]) -> None:
+    """Run with the configuration for kernel `name` at `shape`: all that speed depends on. The first is the default.
+
+    A launch that is being captured into a CUDA graph is not measured: it takes what was measured before, or the
+    default.
+    """
+    run(_choose(name, shape, configs, run) if os.environ.get("DZ_TUNE") == "1" else configs[0])
+
+
+def _choose(name: str, shape: Sequence[Any], configs: Sequence[Config], run: Callable[[Config], None]) -> Config:
+    device = _device()
+    if device is None:
+        return configs[0]
+    key = f"{device}: {name} {' '.join(map(str, shape))}"
+    if key not in _tuned:
+        _tuned.update(_read())
+    if _tuned.get(key) not in configs:  # not measured yet, or measured among others
+        if torch.cuda.is_current_stream_capturing():
+            return configs[0]
+        times = [_milliseconds(run, config) for config in configs]
+        _tuned[key] = configs[times.index(min(times))]
+        _write({**_read(), **_tuned})
+    return _tuned[key]
+
+
+def _device() -> str | None:
+    """GPU and version of Triton; None without a GPU, where nothing can be measured."""
+    if not torch.cuda.is_available():
+        return None
+    import triton
+
+    return f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
+
+
+def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
+
+
+def _path() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepzero" / "triton.json"
+
+
+def _read() -> dict[str, Config]:
+    try:
+        tuned = json.loads(_path().read_text())
+    except (OSError, ValueError):  # none yet, or not ours
+        tuned = None
+    return tuned if isinstance(tuned, dict) else {}
+
+
+def _write(tuned: dict[str, Config]) -> None:
+    """At once or not at all. Where the cache cannot be written the next process measures again."""
+    try:
+        _path().parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=_path().parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(tuned, file, indent=1, sort_keys=True)
+        os.replace(name, _path())
+    except OSError:
+        pass
