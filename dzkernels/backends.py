@@ -165,6 +165,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
                 break
             if chosen != "cpu":
                 refusals[chosen] = refused_here
+        if chosen == "triton" and not has_kernel("cuda", op):
+            refusals = {}  # CUDA kernels are written where they are faster than Triton's, and only there
     if refusals:
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         text = f"dz::{op} runs on backend {chosen!r} because better ones cannot ({why})"
@@ -182,4 +184,8 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
 
 def run(op: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Run `op` on the backend chosen for `tensor`."""
-    return implementation(choose(op, tensor.device, tensor.dtype), op)(*args, **kwargs)
+    kernel = implementation(choose(op, tensor.device, tensor.dtype), op)
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):  # Triton launches on the current one
+            return kernel(*args, **kwargs)
+    return kernel(*args, **kwargs)

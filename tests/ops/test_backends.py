@@ -127,6 +127,7 @@ def test_cuda_tensors_fall_back_in_order(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setitem(backends._REFUSALS, "cuda", lambda device, dtype: "no driver")
     monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: None)
     with caplog.at_level(logging.WARNING, logger="dzkernels"):
+        assert backends.choose("dense_batch_norm", device, torch.float32) == "triton"  # none in CUDA, and none missed
         assert backends.choose("conv2d_tap", device, torch.float32) == "triton"
         monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: "no compiler")
         assert backends.choose("channel_batch_norm", device, torch.float32) == "reference"

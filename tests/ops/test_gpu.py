@@ -21,3 +21,12 @@ def test_is_the_reference(op: str, backend: str) -> None:
             check(op, case, backend, "cuda")
         except Exception as error:
             raise AssertionError(f"case {case.id!r}: {error}") from error
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees one GPU")
+@pytest.mark.parametrize("op", CASES)
+def test_runs_where_its_tensors_are(op: str) -> None:
+    """The current device is another one."""
+    for case in CASES[op]():
+        if not case.large:
+            check(op, case, "triton", "cuda:1")
