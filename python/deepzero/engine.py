@@ -82,6 +82,19 @@ class Engine:
         self._routes: WeakKeyDictionary[Graph, dict[str, Route]] = WeakKeyDictionary()
         self._joint: WeakKeyDictionary[Graph, dict[tuple[str, ...], tuple[Step, ...]]] = WeakKeyDictionary()
         self._warned: set[str] = set()
+        self._elsewhere: dict[str, Tensor] = {}
+
+    @contextmanager
+    def at(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the named parameters have these values (shape and device of the parameter, any floating dtype).
+
+        The model itself keeps its own: only estimates see the values, and the base pass sees them unrounded.
+        """
+        self._elsewhere = {name: value.detach() for name, value in values.items()}
+        try:
+            yield
+        finally:
+            self._elsewhere = {}
 
     # --- the start of every estimate
 
@@ -92,6 +105,8 @@ class Engine:
             bound = Bound(self.model, self.objective, batch)
             buffers = cloned_buffers(self.model)
             named = {f"model.{name}": value for name, value in buffers.items()}
+            for name, value in self._elsewhere.items():
+                named[f"model.{name}"] = value.to(self.model.get_parameter(name).dtype)
             with torch.no_grad(), model_kept(self.model) as written:
                 result = torch.func.functional_call(bound, named, tuple(bound.tensors))
             if written:
@@ -101,7 +116,7 @@ class Engine:
                 )
             loss = check_loss(result)
             after = random_state()
-            moved = {name.removeprefix("model."): value for name, value in named.items()}
+            moved = {name: named[f"model.{name}"] for name in buffers}
             began = time.perf_counter()
             known = bound in self._cache
             graph, reason = self._cache.get(bound)
@@ -115,7 +130,9 @@ class Engine:
 
     def _inputs(self, bound: Bound, graph: Graph) -> dict[fx.Node, Any]:
         parameters, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
-        inputs: dict[fx.Node, Any] = {n: parameters[name].detach() for n, name in graph.parameters.items()}
+        inputs: dict[fx.Node, Any] = {
+            n: self._elsewhere.get(name, parameters[name].detach()) for n, name in graph.parameters.items()
+        }
         inputs |= {n: buffers[name] for n, name in graph.buffers.items()}
         inputs |= graph.constants
         inputs |= dict(zip(graph.batch, bound.tensors, strict=True))
@@ -159,7 +176,7 @@ class Engine:
                 f"the model cannot be captured as a graph and runs whole, one full forward pass a query: {reason}",
                 stacklevel=5,
             )
-        return Whole(bound, start)
+        return Whole(bound, start, self._elsewhere)
 
     def selected(self, mask: Mask | None) -> dict[str, Tensor]:
         """Parameter name -> [n, rank] int64 coordinates in order. Raises :class:`MaskError` before any work."""
@@ -205,11 +222,14 @@ class Whole:
 
     It runs in float64 where the module allows it. Where it does not, a moved weight has to be written in the
     weight's own dtype, and the realised step fl(w + h) - w becomes the divisor.
+
+    ``elsewhere`` holds parameter values to use instead of the model's own.
     """
 
-    def __init__(self, bound: Bound, start: tuple[Any, ...]) -> None:
+    def __init__(self, bound: Bound, start: tuple[Any, ...], elsewhere: Mapping[str, Tensor] | None = None) -> None:
         self.bound = bound
         self.start = start
+        self.elsewhere = elsewhere or {}
         self.double = True
         try:
             self.loss = self.evaluate({})
@@ -221,20 +241,26 @@ class Whole:
         value = value.detach()
         return value.double() if self.double and value.is_floating_point() else value.clone()
 
+    def parameter(self, name: str) -> Tensor:
+        """The value of a parameter that queries start from; never to be written."""
+        own = self.bound.model.get_parameter(name).detach()
+        value = self.elsewhere.get(name, own)
+        return value.double() if self.double and value.is_floating_point() else value.to(own.dtype)
+
     def evaluate(self, moved: Mapping[str, Tensor]) -> float:
         """The loss with some parameters replaced, from the same random state and buffers every time."""
         set_random_state(self.start)
         model = self.bound.model
         values = {f"model.{name}": self._cast(b) for name, b in model.named_buffers()}
-        for name, p in model.named_parameters():
-            values[f"model.{name}"] = moved.get(name, self._cast(p) if self.double else p.detach())
+        for name, _ in model.named_parameters():
+            values[f"model.{name}"] = moved[name] if name in moved else self.parameter(name)
         tensors = tuple(self._cast(t) for t in self.bound.tensors)
         with torch.no_grad():
             return float(torch.func.functional_call(self.bound, values, tensors))
 
     def move(self, name: str, where: Tensor, step: float) -> tuple[Tensor, float]:
         """The parameter with one entry moved, and the step that was realised."""
-        value = self._cast(self.bound.model.get_parameter(name))
+        value = self.parameter(name).clone()
         at = tuple(where.tolist())
         before = float(value[at])
         value[at] += step
@@ -244,7 +270,7 @@ class Whole:
         """Raise :class:`StepError` when the step is lost in the parameter's dtype at any of the coordinates."""
         if self.double:
             return
-        parameter = self.bound.model.get_parameter(name).detach()
+        parameter = self.parameter(name)
         values = parameter[tuple(where.unbind(1))] if where.shape[1] else parameter.reshape(1)
         lost = int(((values + step) == values).sum())
         if lost:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from deepzero.errors import ObjectiveError
 from deepzero.estimators import CGE, RGE, Estimator
+from untouched import assert_same, snapshot
 
 
 def network() -> nn.Module:
@@ -52,37 +53,6 @@ ESTIMATORS: dict[str, Callable[[nn.Module, Any], Estimator]] = {
 @pytest.fixture(params=ESTIMATORS, ids=str)
 def build(request: pytest.FixtureRequest) -> Callable[[nn.Module, Any], Estimator]:
     return ESTIMATORS[request.param]
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything a user can see of the model and the process, by value and by identity."""
-    state: dict[str, Any] = {f"value {k}": v.detach().clone() for k, v in model.state_dict(keep_vars=True).items()}
-    state |= {f"identity {k}": id(v) for k, v in model.state_dict(keep_vars=True).items()}
-    state |= {f"requires_grad {k}": p.requires_grad for k, p in model.named_parameters()}
-    state |= {f"grad {k}": None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()}
-    for name, module in model.named_modules():
-        state[f"training {name}"] = module.training
-        state[f"hooks {name}"] = (tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
-        state[f"attributes {name}"] = sorted(vars(module))
-    state["torch rng"] = torch.get_rng_state()
-    state["numpy rng"] = np.random.get_state()[1]
-    state["python rng"] = random.getstate()
-    state["sigint"] = signal.getsignal(signal.SIGINT)
-    state["grad mode"] = torch.is_grad_enabled()
-    return state
-
-
-def assert_same(before: dict[str, Any], after: dict[str, Any], *, but: tuple[str, ...] = ()) -> None:
-    assert before.keys() == after.keys()
-    for key, value in before.items():
-        if key.startswith(but) and but:
-            continue
-        if isinstance(value, Tensor):
-            assert torch.equal(value, after[key]), key
-        elif isinstance(value, np.ndarray):
-            assert np.array_equal(value, after[key]), key
-        else:
-            assert value == after[key], key
 
 
 def test_the_snapshot_sees_a_moved_weight() -> None:

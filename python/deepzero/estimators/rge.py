@@ -148,11 +148,7 @@ class RGE(EngineEstimator):
             whole = ready.whole
             losses = []
             for p in range(len(u)):
-                at = {
-                    name: whole.bound.model.get_parameter(name).detach().to(torch.float64 if whole.double else None)
-                    + values[p]
-                    for name, values in moved.items()
-                }
+                at = {name: whole.parameter(name) + values[p] for name, values in moved.items()}
                 kept = {
                     name: v if whole.double else v.to(self.model.get_parameter(name).dtype) for name, v in at.items()
                 }

@@ -1,17 +1,76 @@
-"""Which coordinates each step estimates."""
+"""Which coordinates each step estimates: scores, layer-wise ratios from them, and masks drawn from the ratios."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .data_free import data_free, erk, magnitude, random, uniform
+from .first_order import grasp, snip, synflow
 from .masks import CostAware, Fixed, LayerwiseRandom, MaskPolicy, UniformRandom, parameter_names, prune
-from .ratios import LayerRatios
+from .ratios import LayerRatios, layer_ratios
 from .schedules import Schedule
+from .scores import (
+    Scores,
+    zo_grasp,
+    zo_grasp_cge,
+    zo_grasp_layerwise,
+    zo_snip,
+    zo_snip_cge,
+    zo_snip_layerwise,
+    zo_synflow,
+    zo_synflow_cge,
+)
+
+SCORES: dict[str, Callable[..., Scores]] = {
+    score.__name__: score
+    for score in (
+        zo_grasp,
+        zo_grasp_layerwise,
+        zo_grasp_cge,
+        zo_snip,
+        zo_snip_layerwise,
+        zo_snip_cge,
+        zo_synflow,
+        zo_synflow_cge,
+        grasp,
+        snip,
+        synflow,
+        magnitude,
+        random,
+        uniform,
+        erk,
+        data_free,
+    )
+}
+"""name -> score, for the command line."""
 
 __all__ = [
+    "SCORES",
     "CostAware",
     "Fixed",
     "LayerRatios",
     "LayerwiseRandom",
     "MaskPolicy",
     "Schedule",
+    "Scores",
     "UniformRandom",
+    "data_free",
+    "erk",
+    "grasp",
+    "layer_ratios",
+    "magnitude",
     "parameter_names",
     "prune",
+    "random",
+    "snip",
+    "synflow",
+    "uniform",
+    "zo_grasp",
+    "zo_grasp_cge",
+    "zo_grasp_layerwise",
+    "zo_snip",
+    "zo_snip_cge",
+    "zo_snip_layerwise",
+    "zo_synflow",
+    "zo_synflow_cge",
 ]
