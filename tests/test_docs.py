@@ -107,7 +107,7 @@ def test_configurations_load(page: Path, tmp_path: Path) -> None:
     for text in blocks(page, "toml"):
         (tmp_path / "run.toml").write_text(text, encoding="utf-8")
         config = load_config(tmp_path / "run.toml")
-        build_trainer(config, prepare(config), tmp_path, first_order=False)
+        build_trainer(config, prepare(config), tmp_path)
 
 
 @pytest.mark.parametrize(("extra", "then"), [("train", "deepzero train"), ("test", "pytest -n 2 tests")])

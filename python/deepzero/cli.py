@@ -156,13 +156,14 @@ def info() -> None:
 def _report(folder: Path, outcomes: list[Any]) -> None:
     from .plots import plot_run
 
+    width = max(12, *(len(outcome.label) for outcome in outcomes))
     typer.echo(
-        f"{'method':<12} {'test accuracy':>13} {'train loss':>11} {'queries':>12} {'queries/s':>10} {'seconds':>8}"
+        f"{'method':<{width}} {'test accuracy':>13} {'train loss':>11} {'queries':>12} {'queries/s':>10} {'seconds':>8}"
     )
     for outcome in outcomes:
         record = outcome.record
         typer.echo(
-            f"{outcome.label:<12} {record['test_accuracy']:>13.2%} {record['train_loss']:>11.4f} "
+            f"{outcome.label:<{width}} {record['test_accuracy']:>13.2%} {record['train_loss']:>11.4f} "
             f"{record['queries']:>12,} {record['queries_per_second']:>10,.0f} {record['seconds']:>8,.1f}"
         )
     typer.echo(f"run folder {folder}, picture {plot_run(folder)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .errors import ConfigError
 from .training.callbacks import read_metrics
-from .training.run import FIRST_ORDER
+from .training.config import FIRST_ORDER
 
 
 def plot_run(folder: Path) -> Path:
@@ -20,7 +20,8 @@ def plot_run(folder: Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError as missing:
         raise ConfigError("matplotlib is not installed: pip install 'deepzero[train]'") from missing
-    runs = {"zeroth-order": folder / "metrics.jsonl", "first-order, same steps": folder / FIRST_ORDER / "metrics.jsonl"}
+    runs = {"zeroth-order": folder / "metrics.jsonl"}
+    runs |= {f"{label}, same steps": folder / label / "metrics.jsonl" for label in FIRST_ORDER.values()}
     epochs = {
         label: [record for record in read_metrics(path) if record["event"] == "epoch"]
         for label, path in runs.items()
@@ -37,7 +38,7 @@ def plot_run(folder: Path) -> Path:
     ):
         if value == "train_loss":
             axes.set_yscale("log")
-        for (label, records), style in zip(epochs.items(), ("-", "--"), strict=False):
+        for (label, records), style in zip(epochs.items(), ("-", "--", "-.", ":"), strict=False):
             shown = [record for record in records if value in record]
             axes.plot(
                 [record["epoch"] * queries_per_epoch for record in shown],

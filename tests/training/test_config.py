@@ -26,6 +26,11 @@ def test_values_of_every_kind_survive_the_file(tmp_path):
             "estimator.options.mu=1e-8",
             "optimizer.options.betas=[0.9, 1e20]",
             "model.name=mlp",
+            'first_order=["dense", "sparse-weight"]',
+            "sparsity.every=epoch",
+            'sparsity.always_on=["norm", "head.*"]',
+            "sparsity.schedule.name=cubic",
+            "sparsity.schedule.start=0.25",
         ],
     )
     (tmp_path / "c.toml").write_text(to_toml(config))
@@ -34,6 +39,9 @@ def test_values_of_every_kind_survive_the_file(tmp_path):
     assert config.model.options["hidden"] == [3, 4]
     assert config.estimator.options["mu"] == 1e-8
     assert config.model.name == "mlp"
+    assert config.first_order == ["dense", "sparse-weight"]
+    assert (config.sparsity.every, config.sparsity.always_on) == ("epoch", ["norm", "head.*"])
+    assert (config.sparsity.schedule.name, config.sparsity.schedule.start) == ("cubic", 0.25)
 
 
 def test_overrides_win_over_the_file(tmp_path):
@@ -56,6 +64,24 @@ UNUSABLE = {
     ),
     "wrong type": ("epochs = 'many'\n", [], r"epochs = 'many': input should be a valid integer"),
     "out of range": ("[sparsity]\nfraction = 1.0\n", [], r"sparsity.fraction = 1.0: input should be less than 1"),
+    "no steps": (
+        "[sparsity]\nevery = 0\n",
+        [],
+        r"sparsity.every = 0: expected a number of steps, at least 1, or 'epoch'",
+    ),
+    "no epoch": ("", ["sparsity.every=epochs"], r"sparsity.every = 'epochs': expected a number of steps"),
+    "not a number": ("", ["sparsity.every=true"], r"sparsity.every = True: expected a number of steps"),
+    "schedule": (
+        "[sparsity.schedule]\nnmae = 'cubic'\n",
+        [],
+        r"sparsity.schedule.nmae is not a key. Did you mean sparsity.schedule.name\? Keys here: sparsity.schedule",
+    ),
+    "no method": (
+        "first_order = ['sparse']\n",
+        [],
+        r"first_order = \['sparse'\]: expected true, false or a list of different ones of 'sparse-gradient', 'dense', ",
+    ),
+    "a method twice": ("first_order = ['dense', 'dense']\n", [], r"expected true, false or a list of different ones"),
     "wrong choice": (
         "[schedule]\nname = 'cosin'\n",
         [],

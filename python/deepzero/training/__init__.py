@@ -2,6 +2,7 @@
 
 from .callbacks import Callback, Checkpoints, Metrics, Progress, TensorBoard
 from .config import Config, load_config
+from .masked import masked_step
 from .schedule import warmup_cosine
 from .trainer import Trainer
 
@@ -14,5 +15,6 @@ __all__ = [
     "TensorBoard",
     "Trainer",
     "load_config",
+    "masked_step",
     "warmup_cosine",
 ]

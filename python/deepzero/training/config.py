@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import ConfigError
 
@@ -17,6 +17,14 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+
+FIRST_ORDER = {
+    "sparse-gradient": "first-order",
+    "dense": "first-order-dense",
+    "sparse-weight": "first-order-sparse-weight",
+}
+"""Method of a first-order run -> its label, and its folder inside that of the run it is compared with."""
 
 
 class Section(BaseModel):
@@ -48,11 +56,52 @@ class EstimatorSection(Section):
     options: dict[str, Any] = Field(default_factory=lambda: {"mu": 5e-3})
 
 
-class SparsitySection(Section):
-    """Fraction of coordinates left out of each estimate, drawn anew every so many steps."""
+class SparsityScheduleSection(Section):
+    """Sparsity over training: from ``start`` at ``begin_epoch`` to ``sparsity.fraction`` so many ``epochs`` later.
 
+    epochs  None: the rest of the run
+    """
+
+    name: Literal["constant", "linear", "cosine", "cubic"] = "constant"
+    start: float = Field(0.0, ge=0, lt=1)
+    begin_epoch: float = Field(0.0, ge=0)
+    epochs: float | None = Field(None, gt=0)
+
+
+class SparsitySection(Section):
+    """Which coordinates each step estimates, and what happens to the others.
+
+    policy         a key of ``deepzero.training.policies.POLICIES``
+    fraction       of the coordinates left out of each estimate, at the end of the schedule
+    every          steps between draws, or "epoch"
+    always_on      "norm", "bias" and patterns of parameter names: these parameters are never left out
+    ratios         layer-wise ratios: the name of a score, as "zo-grasp-layerwise" or "erk", or a JSON file of ratios
+    score_options  keyword arguments of the score, and keep and least of ``deepzero.sparsity.layer_ratios``
+    costs          for policy = "cost-aware", a JSON file of costs by parameter; None: measured when the run starts
+    options        keyword arguments of the policy: of "cost-aware" exponent and budget
+    momentum       "dense": momentum and weight decay go on moving what a mask left out; "masked": it keeps still,
+                   weights and optimizer state
+    weights        "sparse": weights outside a fixed mask are zero and stay zero; norm and bias are always on
+    """
+
+    policy: str = "uniform"
     fraction: float = Field(0.9, ge=0, lt=1)
-    every: int = Field(1, ge=1)
+    every: int | str = 1
+    always_on: list[str] = []
+    ratios: str | None = None
+    score_options: dict[str, Any] = {}
+    costs: str | None = None
+    options: dict[str, Any] = {}
+    momentum: Literal["dense", "masked"] = "dense"
+    weights: Literal["dense", "sparse"] = "dense"
+    schedule: SparsityScheduleSection = SparsityScheduleSection()
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _steps(cls, value: Any) -> Any:
+        if value == "epoch" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError("expected a number of steps, at least 1, or 'epoch'")
 
 
 class OptimizerSection(Section):
@@ -72,7 +121,9 @@ class ScheduleSection(Section):
 class Config(Section):
     """Everything that decides a run.
 
-    first_order       also train by backpropagation under the same masks, seeds and schedule, for comparison
+    first_order       also train by backpropagation with the same seeds and schedule, for comparison: true, under the
+                      same masks; or a list of methods, "dense" (no mask), "sparse-gradient" (the same masks) and
+                      "sparse-weight" (weights outside a fixed mask of the same sparsity are zero)
     checkpoint_every  steps between checkpoints, besides one at every end of an epoch; 0: only those
     threads           torch's threads; 1 suits small networks, whose threads would wait for each other more than they
                       work, and by far so on a busy machine
@@ -82,7 +133,7 @@ class Config(Section):
     epochs: int = Field(30, ge=1)
     device: str = "cpu"
     threads: int = Field(1, ge=1)
-    first_order: bool = True
+    first_order: bool | list[str] = True
     tensorboard: bool = True
     checkpoint_every: int = Field(0, ge=0)
     model: ModelSection = ModelSection()
@@ -91,6 +142,14 @@ class Config(Section):
     sparsity: SparsitySection = SparsitySection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+
+    @field_validator("first_order", mode="before")
+    @classmethod
+    def _methods(cls, value: Any) -> Any:
+        known = isinstance(value, list) and all(method in FIRST_ORDER for method in value)
+        if isinstance(value, bool) or (known and len(set(value)) == len(value)):
+            return value
+        raise ValueError(f"expected true, false or a list of different ones of {', '.join(map(repr, FIRST_ORDER))}")
 
 
 def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -134,7 +193,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
 def _explained(error: Mapping[str, Any]) -> str:
     where = ".".join(map(str, error["loc"]))
     if error["type"] != "extra_forbidden":
-        return f"{where} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{where} = {error['input']!r}: {message[0].lower()}{message[1:]}"
     section: Any = Config
     for part in error["loc"][:-1]:
         section = section.model_fields[part].annotation

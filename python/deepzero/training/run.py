@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +17,34 @@ from torch.optim.lr_scheduler import LambdaLR
 from .. import data
 from ..baselines import Backprop, PlainLoop
 from ..data import ImageData, Loader
-from ..errors import CheckpointError, ConfigError, DeepZeroError
+from ..errors import CheckpointError, ConfigError, MaskError
 from ..estimators import CGE, RGE, Estimator, Objective
 from ..models import MODELS
-from ..sparsity import UniformRandom
+from ..sparsity import prune
+from ..sparsity.masks import costs_of
 from . import checkpoint
 from .callbacks import Callback, Checkpoints, Metrics, Progress, Record, TensorBoard, read_metrics
-from .config import Config, load_config, to_toml
+from .config import (
+    FIRST_ORDER,
+    Config,
+    EstimatorSection,
+    SparsitySection,
+    load_config,
+    to_toml,
+)
+from .factories import checked_options, chosen, made
+from .masked import masked_step
+from .policies import (
+    MaskInputs,
+    build_masks,
+    check_sparsity,
+    checked_ratios,
+    is_file,
+    read_costs,
+    read_ratios,
+    scored_ratios,
+    write_costs,
+)
 from .schedule import warmup_cosine
 from .trainer import Trainer
 
@@ -40,8 +60,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     # LBFGS needs the loss again at moved weights, SparseAdam sparse gradients
     if inspect.isclass(kind) and issubclass(kind, Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
 }
-FIRST_ORDER = "first-order"
-"""Folder, inside a run's own, of the first-order run it is compared with."""
+RATIOS, COSTS = "ratios.json", "costs.json"
+"""Files, in a run's folder, of the layer-wise ratios and the costs that its masks follow."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +80,23 @@ def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tenso
 
 def build_model(config: Config, images: ImageData) -> nn.Module:
     """The configured network for ``images``, initialised from the configuration's seed."""
-    factory = _chosen("model", config.model.name, MODELS)
+    factory = chosen("model", config.model.name, MODELS)
     shape = {"in_channels": images.in_channels, "image_size": images.image_size, "num_classes": images.num_classes}
-    options = _options("model", config.model.name, factory, config.model.options, reserved=shape)
+    options = checked_options("model", config.model.name, factory, config.model.options, reserved=shape)
     accepted = inspect.signature(factory).parameters
     torch.manual_seed(config.seed)
-    model = _made("model", config.model.name, factory, **{k: v for k, v in shape.items() if k in accepted}, **options)
+    model = made("model", config.model.name, factory, **{k: v for k, v in shape.items() if k in accepted}, **options)
     return cast("nn.Module", model).to(config.device)
 
 
 def build_estimator(config: Config, model: nn.Module, objective: Objective = classification_loss) -> Estimator:
     """The configured estimator; raises ConfigError for unknown options and values that it refuses."""
     section = config.estimator
-    factory = _chosen("estimator", section.name, ESTIMATORS)
-    options = _options("estimator", section.name, factory, section.options, reserved=("model", "objective", "budget"))
-    made = _made("estimator", section.name, factory, model, objective, budget=section.budget, **options)
-    return cast("Estimator", made)
+    factory = chosen("estimator", section.name, ESTIMATORS)
+    reserved = ("model", "objective", "budget")
+    options = checked_options("estimator", section.name, factory, section.options, reserved=reserved)
+    found = made("estimator", section.name, factory, model, objective, budget=section.budget, **options)
+    return cast("Estimator", found)
 
 
 def build_loader(config: Config, images: ImageData) -> Loader:
@@ -90,28 +111,109 @@ def build_loader(config: Config, images: ImageData) -> Loader:
     )
 
 
+def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    section = config.optimizer
+    factory = chosen("optimizer", section.name, OPTIMIZERS)
+    options = checked_options("optimizer", section.name, factory, section.options, reserved=("params",))
+    return cast("Optimizer", made("optimizer", section.name, factory, parameters, **options))
+
+
+def first_order_config(config: Config, method: str) -> Config:
+    """The first-order run, by a method of FIRST_ORDER, that a zeroth-order run of ``config`` is compared with."""
+    own = config.sparsity
+    sparsity = {
+        "sparse-gradient": own.model_copy(update={"weights": "dense"}),
+        "dense": SparsitySection(fraction=0.0),
+        "sparse-weight": SparsitySection(
+            policy="fixed",
+            fraction=own.fraction,
+            always_on=own.always_on,
+            ratios=own.ratios,
+            score_options=own.score_options,
+            weights="sparse",
+        ),
+    }[method]
+    backprop = EstimatorSection(name="backprop", options={})
+    return config.model_copy(update={"estimator": backprop, "sparsity": sparsity, "first_order": False})
+
+
+def mask_inputs(config: Config, images: ImageData, folder: Path | None = None) -> MaskInputs:
+    """What the masks of a configuration are made from: as ``folder``, that of a run, keeps it, or found out now."""
+    section = config.sparsity
+    if section.ratios is None and section.policy != "cost-aware":
+        return MaskInputs()
+    model = build_model(config, images)
+    batch = next(iter(build_loader(config, images)))
+    ratios, queries, costs = None, 0, None
+    if section.ratios is not None:
+        if folder is not None and (folder / RATIOS).exists():
+            ratios = read_ratios(folder / RATIOS, model)
+        elif is_file(section.ratios):
+            ratios = checked_ratios(read_ratios(Path(section.ratios), model), section)
+        else:
+            ratios, queries = scored_ratios(config, model, classification_loss, batch)
+    if section.policy == "cost-aware":
+        if folder is not None and (folder / COSTS).exists():
+            costs = read_costs(folder / COSTS)
+        elif section.costs is not None:
+            costs = read_costs(Path(section.costs))
+        else:
+            costs = costs_of(_planner(config, model).plan(batch))
+    return MaskInputs(ratios, costs, queries)
+
+
+def _planner(config: Config, model: nn.Module) -> CGE:
+    estimator = build_estimator(config, model)
+    if not isinstance(estimator, CGE):
+        raise ConfigError(
+            f"sparsity.policy = 'cost-aware' needs the costs of single coordinates, which estimator.name = "
+            f"{config.estimator.name!r} does not measure. Use estimator.name = 'cge', or give a file as sparsity.costs."
+        )
+    return estimator
+
+
 def build_trainer(
-    config: Config, images: ImageData, folder: Path, *, first_order: bool, progress: Callback | None = None
+    config: Config,
+    images: ImageData,
+    folder: Path,
+    *,
+    label: str | None = None,
+    inputs: MaskInputs | None = None,
+    progress: Callback | None = None,
 ) -> Trainer:
-    """The trainer of a configuration, or of first-order training under the same masks, seeds and schedule."""
+    """The trainer of a configuration, with its records and checkpoints in ``folder``.
+
+    ``inputs`` are what its masks are made from, where several runs share them; ``label`` names it in its progress.
+    """
+    check_sparsity(config)
     model = build_model(config, images)
     loader = build_loader(config, images)
-    factory = _chosen("optimizer", config.optimizer.name, OPTIMIZERS)
-    options = _options("optimizer", config.optimizer.name, factory, config.optimizer.options, reserved=("params",))
-    optimizer = cast("Optimizer", _made("optimizer", config.optimizer.name, factory, model.parameters(), **options))
-    progress = progress or Progress(_label(config, first_order=first_order))
-    callbacks: list[Callback] = [Metrics(folder / "metrics.jsonl"), progress]
+    masks = build_masks(config, model, len(loader), inputs or mask_inputs(config, images))
+    if config.sparsity.weights == "sparse":
+        try:
+            prune(model, masks.sample(0))
+        except MaskError as refused:
+            raise ConfigError(f"sparsity.weights = 'sparse' does not suit the model: {refused}") from refused
+    still = config.sparsity.momentum == "masked" or config.sparsity.weights == "sparse"
+    if still:
+        _try_masked_step(config)
+    optimizer = build_optimizer(config, model.parameters())
+    callbacks: list[Callback] = [
+        Metrics(folder / "metrics.jsonl"),
+        progress or Progress(label or config.estimator.name),
+    ]
     if config.tensorboard:
         callbacks.append(TensorBoard(folder / "tensorboard"))
     callbacks.append(Checkpoints(folder / "checkpoints", every=config.checkpoint_every))
     return Trainer(
         model,
-        Backprop(model, classification_loss) if first_order else build_estimator(config, model),
+        build_estimator(config, model),
         optimizer,
         loader,
         epochs=config.epochs,
         scheduler=_scheduler(config, optimizer, len(loader)),
-        masks=UniformRandom(model, config.sparsity.fraction, config.sparsity.every, config.seed),
+        masks=masks,
+        momentum="masked" if still else "dense",
         evaluate=_classification_test(images, config.device),
         callbacks=callbacks,
         config=config.model_dump(),
@@ -124,8 +226,16 @@ def start(config: Config, folder: Path, *, progress: Callback | None = None) -> 
         raise ConfigError(
             f"{folder} already holds a run. Resume it (deepzero resume {folder}), or choose another folder."
         )
-    trainers = _trainers(config, prepare(config), folder, progress)
+    check_sparsity(config)
+    images = prepare(config)
+    inputs = mask_inputs(config, images)
+    trainers = _trainers(config, images, folder, inputs, progress)
+    next(iter(trainers.values()))[1].estimator.queries += inputs.queries
     folder.mkdir(parents=True, exist_ok=True)
+    if inputs.ratios is not None:
+        inputs.ratios.save(folder / RATIOS)
+    if inputs.costs is not None:
+        write_costs(inputs.costs, folder / COSTS)
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     return _train(config, trainers, resume=False)
 
@@ -135,7 +245,9 @@ def resume(folder: Path, *, progress: Callback | None = None) -> list[Outcome]:
     if not (folder / "config.toml").exists():
         raise CheckpointError(f"{folder} holds no run: there is no config.toml in it. Give the folder of a run.")
     config = load_config(folder / "config.toml")
-    return _train(config, _trainers(config, prepare(config), folder, progress), resume=True)
+    images = prepare(config)
+    trainers = _trainers(config, images, folder, mask_inputs(config, images, folder), progress)
+    return _train(config, trainers, resume=True)
 
 
 def prepare(config: Config) -> ImageData:
@@ -147,32 +259,49 @@ def prepare(config: Config) -> ImageData:
     return data.load(config.data.name, folder=config.data.folder, seed=config.seed)
 
 
-def _trainers(config: Config, images: ImageData, folder: Path, progress: Callback | None) -> dict[Path, Trainer]:
-    """Folder -> trainer, the zeroth-order one first; all are built before any work, so that a mistake costs no run."""
-    places = {folder: False, folder / FIRST_ORDER: True}
+def _trainers(
+    config: Config, images: ImageData, folder: Path, inputs: MaskInputs, progress: Callback | None
+) -> dict[str, tuple[Path, Trainer]]:
+    """Label -> folder and trainer, the run's own first; all are built before any work: a mistake costs no run."""
+    runs = {config.estimator.name: (config, folder)}
+    for method in _first_order_methods(config):
+        runs[FIRST_ORDER[method]] = (first_order_config(config, method), folder / FIRST_ORDER[method])
     return {
-        place: build_trainer(config, images, place, first_order=first_order, progress=progress)
-        for place, first_order in places.items()
-        if config.first_order or not first_order
+        label: (place, build_trainer(own, images, place, label=label, inputs=inputs, progress=progress))
+        for label, (own, place) in runs.items()
     }
 
 
-def _train(config: Config, trainers: Mapping[Path, Trainer], *, resume: bool) -> list[Outcome]:
-    outcomes = []
-    for number, (place, trainer) in enumerate(trainers.items()):
+def _first_order_methods(config: Config) -> Sequence[str]:
+    if isinstance(config.first_order, list):
+        return config.first_order
+    same = "sparse-weight" if config.sparsity.weights == "sparse" else "sparse-gradient"
+    return [same] if config.first_order else []
+
+
+def _train(config: Config, trainers: Mapping[str, tuple[Path, Trainer]], *, resume: bool) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for label, (place, trainer) in trainers.items():
         last = place / "checkpoints" / "last.pt"
-        if resume and (last.exists() or number == 0):
+        if resume and (last.exists() or not outcomes):
             trainer.load_state_dict(checkpoint.load(last))
         else:
             torch.manual_seed(config.seed)
         trainer.fit()
         epochs = [record for record in read_metrics(place / "metrics.jsonl") if record["event"] == "epoch"]
-        outcomes.append(Outcome(_label(config, first_order=number == 1), epochs[-1]))
+        outcomes.append(Outcome(label, epochs[-1]))
     return outcomes
 
 
-def _label(config: Config, *, first_order: bool) -> str:
-    return FIRST_ORDER if first_order else config.estimator.name
+def _try_masked_step(config: Config) -> None:
+    """Raise ConfigError for an optimizer whose state cannot be held still by coordinate: a step of it on zeros."""
+    trial = nn.Linear(3, 2, bias=False)
+    trial.weight.grad = torch.zeros_like(trial.weight)
+    outside = {"weight": torch.zeros(2, 3, dtype=torch.bool)}
+    try:
+        masked_step(build_optimizer(config, trial.parameters()), trial, outside)
+    except MaskError as refused:
+        raise ConfigError(f"sparsity.momentum does not suit optimizer.name: {refused}") from refused
 
 
 def _scheduler(config: Config, optimizer: Optimizer, steps_per_epoch: int) -> LambdaLR | None:
@@ -199,39 +328,3 @@ def _classification_test(images: ImageData, device: str) -> Callable[[nn.Module]
         }
 
     return test
-
-
-def _chosen(section: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    if name not in known:
-        hint = _near(name, list(known))
-        raise ConfigError(f"{section}.name = {name!r} is unknown.{hint} Known: {', '.join(known)}.")
-    return known[name]
-
-
-def _options(
-    section: str, name: str, factory: Callable[..., Any], options: Mapping[str, Any], *, reserved: Any
-) -> dict[str, Any]:
-    """``options`` checked against the factory's own keyword arguments."""
-    free = [key for key in inspect.signature(factory).parameters if key not in reserved]
-    for key in options:
-        if key not in free:
-            raise ConfigError(
-                f"{section}.options.{key} is not an option of {name}.{_near(key, free)} Options: "
-                f"{', '.join(free) or 'none'}."
-            )
-    return cast("dict[str, Any]", dict(options))
-
-
-def _made(section: str, name: str, factory: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """What ``factory`` makes; a value it refuses is the configuration's mistake."""
-    try:
-        return factory(*given, **options)
-    except DeepZeroError:
-        raise
-    except (TypeError, ValueError) as refused:
-        raise ConfigError(f"{section}.options do not suit {name}: {refused}") from refused
-
-
-def _near(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -19,6 +19,7 @@ from ..estimators.base import Estimator
 from ..sparsity import MaskPolicy
 from .callbacks import Callback, Record
 from .checkpoint import random_state, set_random_state
+from .masked import masked_step
 from .signals import StopRequest
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -31,6 +32,8 @@ class Trainer:
                :class:`deepzero.data.Loader` has) a run can be resumed inside an epoch, bit for bit
     scheduler  any torch scheduler, stepped after every step
     masks      which coordinates each step estimates; None: all with requires_grad
+    momentum   what a step does to the coordinates that its mask left out: "dense" moves them on by momentum and weight
+               decay, as the paper does; "masked" leaves their weights and optimizer state as they are, bit for bit
     evaluate   ``evaluate(model) -> {name: value}``, called in eval mode without gradients after every epoch
     monitor    the value of ``evaluate`` whose highest value marks the best checkpoint
     config     plain types describing the run, stored in its checkpoints
@@ -49,13 +52,16 @@ class Trainer:
         epochs: int,
         scheduler: LRScheduler | None = None,
         masks: MaskPolicy | None = None,
+        momentum: str = "dense",
         evaluate: Evaluate | None = None,
         monitor: str = "test_accuracy",
         callbacks: Sequence[Callback] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        if momentum not in ("dense", "masked"):
+            raise ValueError(f"momentum must be 'dense' or 'masked', got {momentum!r}")
         self.model, self.estimator, self.optimizer, self.loader = model, estimator, optimizer, loader
-        self.epochs, self.scheduler, self.masks = epochs, scheduler, masks
+        self.epochs, self.scheduler, self.masks, self.momentum = epochs, scheduler, masks, momentum
         self.evaluate, self.monitor = evaluate, monitor
         self.callbacks = tuple(callbacks)
         self.config = dict(config or {})
@@ -134,7 +140,10 @@ class Trainer:
         elapsed = time.perf_counter() - started
         if not math.isfinite(result.loss):
             raise ObjectiveError(f"the loss at step {self.step} is {result.loss}. Lower the learning rate or mu.")
-        self.optimizer.step()
+        if mask is None or self.momentum == "dense":
+            self.optimizer.step()
+        else:
+            masked_step(self.optimizer, self.model, mask)
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1
