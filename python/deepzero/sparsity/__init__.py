@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 from .data_free import data_free, erk, magnitude, random, uniform
 from .first_order import grasp, snip, synflow
@@ -42,7 +44,14 @@ SCORES: dict[str, Callable[..., Scores]] = {
         data_free,
     )
 }
-"""name -> score, for the command line."""
+"""name -> score."""
+
+
+def score_options(name: str, **options: Any) -> dict[str, Any]:
+    """Those of ``options`` that the score ``name`` takes: a score by differences takes mu, one by chance a seed."""
+    accepted = inspect.signature(SCORES[name]).parameters
+    return {key: value for key, value in options.items() if key in accepted}
+
 
 __all__ = [
     "SCORES",
@@ -62,6 +71,7 @@ __all__ = [
     "parameter_names",
     "prune",
     "random",
+    "score_options",
     "snip",
     "synflow",
     "uniform",
