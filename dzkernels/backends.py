@@ -90,6 +90,8 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("triton", "conv2d_tap"): (torch.bfloat16,),
     ("triton", "channel_conv2d"): (torch.bfloat16,),
     ("triton", "dense_batch_norm"): (torch.bfloat16,),
+    ("triton", "gelu_difference"): (torch.bfloat16,),
+    ("triton", "layer_norm_difference"): (torch.bfloat16,),
 }
 
 

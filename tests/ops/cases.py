@@ -16,10 +16,14 @@ import dzkernels
 from dzkernels import backends
 from helpers import UNIT, assert_bounded, assert_exact, integers, normal, small_ints, strided
 from ops import (
+    test_attention_difference,
     test_channel_batch_norm,
     test_channel_linear_cross_entropy,
     test_cross_entropy_difference,
     test_dense_batch_norm,
+    test_gelu_difference,
+    test_layer_norm_difference,
+    test_softmax_difference,
 )
 
 # Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest: an error of up to a whole last place.
@@ -227,3 +231,104 @@ def channel_linear_cross_entropy() -> Iterator[Case]:
             # the reference subtracts rounded products
             bound = 64 * UNIT[torch.float64] * products.abs().amax(2).mean(1)
             yield Case(f"{shape}, scale={scale}", args, bound, large=shape[1] == 300)
+
+
+# dtype of the differences, out_dtype
+_HALVES = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+)
+
+
+@cases
+def gelu_difference() -> Iterator[Case]:
+    for approximate in ("none", "tanh"):
+        z = torch.cat([test_gelu_difference.SPECIAL, torch.linspace(-16, 16, 501)])
+        steps = torch.tensor([1e-30, 1e-8, 0.125, 0.2499, 0.25, 0.2501, 0.5, 2.0, 20.0])
+        delta = torch.cat([steps, -steps])[:, None].expand(-1, z.numel())
+        args = {"delta": delta, "z": z, "approximate": approximate}
+        yield Case(f"a sweep, {approximate}", args, test_gelu_difference.bound(delta))
+        delta = normal(3, 40, seed=1)
+        delta[1, 9] = math.nan
+        args = {"delta": delta, "z": normal(40, seed=2), "approximate": approximate}
+        yield Case(f"NaN, {approximate}", args, test_gelu_difference.bound(delta).nan_to_num(0), nan=True)
+        for k, shape in enumerate([(1, 1), (5, 4, 97), (17, 260), (0, 3), (2, 0), (40, 70000)]):
+            dtype, out_dtype = _HALVES[k % 4]
+            delta = (normal(*shape, seed=1) * (3.0, 0.1)[k % 2]).to(dtype)
+            args = {"delta": delta, "z": 2 * normal(*shape[1:], seed=2), "approximate": approximate}
+            args["out_dtype"] = out_dtype
+            bound = test_gelu_difference.bound(delta)
+            yield Case(f"{shape}, {approximate}, {dtype} to {out_dtype}", args, bound, dtype, shape[0] == 40)
+
+
+@cases
+def layer_norm_difference() -> Iterator[Case]:
+    for k, shape in enumerate([(17, 2, 16), *test_layer_norm_difference.SHAPES, (0, 2, 3), (3, 300, 768)]):
+        for scale, centre in ((1e-8, True), (1.0, False), (0.3, True)):
+            args = test_layer_norm_difference.inputs(shape, scale, centre)
+            dtype, out_dtype = _HALVES[(k + centre) % 4]
+            args |= {"delta": args["delta"].to(dtype), "out_dtype": out_dtype}
+            if k % 3 == 0:
+                args["gamma"] = None
+            bound = 16 * UNIT[torch.float32] * test_layer_norm_difference.size(args)
+            name = f"{shape}, scale={scale}, centre={centre}, {dtype} to {out_dtype}"
+            yield Case(name, args, bound, dtype, shape[1] == 300)
+    args = test_layer_norm_difference.inputs((2, 4, 96), 1.0)
+    args["delta"] = (args["zc"] * (2.0**-12 - 1)).expand(2, -1, -1).contiguous()
+    bound = (16 + 4 * 2.0**12) * UNIT[torch.float32] * test_layer_norm_difference.size(args)
+    yield Case("a vanishing variance", args, bound)
+    args = test_layer_norm_difference.inputs((3, 3, 20), 1.0)
+    args["delta"][1, 2, 7] = math.nan
+    bound = (16 * UNIT[torch.float32] * test_layer_norm_difference.size(args)).nan_to_num(0)
+    yield Case("NaN", args, bound, nan=True)
+
+
+@cases
+def softmax_difference() -> Iterator[Case]:
+    for k, shape in enumerate([(9, 2, 16), *test_softmax_difference.SHAPES, (0, 2, 3), (5, 300, 1000)]):
+        for scale, log in ((1e-8, k % 2 == 0), (0.3, k % 2 == 1), (60.0, k % 2 == 0)):
+            delta, p = test_softmax_difference.inputs(shape, scale)
+            bound = test_softmax_difference.bound(delta, p, log) + 2.0**-148
+            large = shape[1] == 300 or (shape[2] > 100 and scale > 1)
+            yield Case(f"{shape}, scale={scale}, log={log}", {"delta": delta, "p": p, "log": log}, bound, large=large)
+    delta, p = test_softmax_difference.inputs((1, 1, 600), 60.0)
+    yield Case("far, two blocks", {"delta": delta, "p": p}, test_softmax_difference.bound(delta, p, False) + 2.0**-148)
+    p = torch.tensor([[math.exp(-100), 1.0, 0.0]])
+    for move in (20.0, 60.0, 120.0):
+        delta = torch.tensor([[[move, 0.0, 1e30]], [[0.0, -move, -1e30]]])
+        bound = test_softmax_difference.bound(delta, p, False) + 2.0**-148
+        yield Case(f"no chance, and impossible, move={move}", {"delta": delta, "p": p}, bound)
+    delta, p = test_softmax_difference.inputs((2, 3, 20), 1.0)
+    delta[1, 2, 7] = math.nan
+    bound = test_softmax_difference.bound(delta, p, False).nan_to_num(0)
+    yield Case("NaN", {"delta": delta, "p": p}, bound, nan=True)
+
+
+@cases
+def attention_difference() -> Iterator[Case]:
+    moves = ("dq", "dk", "dv", "dq dk", "dk dv", "dq dk dv")
+    shapes = [*test_attention_difference.SHAPES, (4, (3, 4), 150, 197, 64, 64)]
+    for k, (shape, step, moved) in enumerate(
+        [(shape, step, "dq dk dv") for shape in shapes for step in (1e-8, 0.1, 30.0)]
+        + [(test_attention_difference.SMALL, 1.0, moved) for moved in moves]
+        + [((2, (1, 2), 9, 40, 40, 130), 0.03, moved) for moved in moves]
+    ):
+        dtype, out_dtype = _HALVES[k % 4]
+        causal = bool(k % 3)
+        args = test_attention_difference.inputs(shape, step, causal, tuple(moved.split()), dtype)
+        large = shape[2] == 150 or (step == 30.0 and shape[2] == 65)
+        name = f"{shape}, step={step}, causal={causal}, {moved}, {dtype} to {out_dtype}"
+        bound = test_attention_difference.bound(args)
+        yield Case(name, args | {"out_dtype": out_dtype}, bound, dtype, large)
+    args = test_attention_difference.inputs((2, (3,), 5, 37, 8, 16), 0.1)
+    args["p"][:, :, 20:] = 0
+    args["p"] /= args["p"].sum(-1, keepdim=True)
+    bound = test_attention_difference.bound(args)
+    args["dk"][:, :, 20:] = 1e30
+    yield Case("masked keys have no say", args, bound)
+    args = test_attention_difference.inputs((1, (1,), 3, 5, 4, 6), 1.0, moves=("dk",))
+    args["dk"] = torch.zeros_like(args["dk"])
+    args["dk"][:, :, 2] = 1e4
+    yield Case("all to one key", args | {"q": args["q"].abs() + 1}, 64 * UNIT[torch.float32])
