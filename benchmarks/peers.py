@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from deepzero import CGE, RGE
-from deepzero.estimators.rge import DISTRIBUTIONS
+from deepzero.estimators.directions import DISTRIBUTIONS
 
 from .cases import DIRECTIONS, MU, Case, Group, every, mask_of, objective
 
@@ -433,7 +433,7 @@ class OursRandom(Contender):
         super().__init__(case, groups)
         self.queries, self.how = DIRECTIONS, "one estimate"
         self.generator = torch.Generator()
-        DISTRIBUTIONS["benchmark"] = lambda count, _: _directions(count, self.generator)
+        DISTRIBUTIONS["benchmark"] = lambda q, d, _: (_directions(d, self.generator) for _ in range(q))
         self.estimator = RGE(
             case.model, objective, mu=MU, precision=self.precision, queries=DIRECTIONS, distribution="benchmark"
         )
@@ -443,9 +443,9 @@ class OursRandom(Contender):
         return self.estimator.estimate(self.case.batch, self.case.mask).grads
 
     def first(self) -> None:
-        self.estimator.directions = 1
+        self.estimator.directions.count = 1
         self._estimate()
-        self.estimator.directions = DIRECTIONS
+        self.estimator.directions.count = DIRECTIONS
 
     def quotients(self) -> dict[str, Tensor]:
         return {name: grad[self.case.mask[name]].double() for name, grad in self._estimate().items()}

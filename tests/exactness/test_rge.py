@@ -6,11 +6,16 @@ gradient s in d dimensions has, per coordinate,
     gaussian     E g_i^2 = |s|^2 + 2 s_i^2                      E |g|^2 = (d + 2) |s|^2
     sphere       E g_i^2 = d / (d + 2) (|s|^2 + 2 s_i^2)        E |g|^2 = d |s|^2
     rademacher   E g_i^2 = |s|^2                                E |g|^2 = d |s|^2
+
+and q independent ones average to a variance of (E g_i^2 - s_i^2) / q. An orthogonal estimate of q directions is d/q
+times the projection P s on a uniform q-dimensional subspace. By symmetry E (P s)_i^2 = a s_i^2 + b |s|^2; the trace,
+a + b d = q / d, and the moment of s.Ps / |s|^2 ~ Beta(q/2, (d-q)/2), a + b = q (q + 2) / (d (d + 2)), give both.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,10 +24,10 @@ from torch.nn import functional as F
 
 import deepzero as dz
 from deepzero.errors import BudgetError
-from deepzero.estimators import rge
+from deepzero.estimators import directions
 from exactness.judge import FLOAT32, WideRGE, autograd, double_batch, double_copy, restored
 
-DISTRIBUTIONS = ("gaussian", "sphere", "rademacher")
+DISTRIBUTIONS = ("gaussian", "sphere", "rademacher", "orthogonal")
 SCHEMES = ("forward", "central")
 
 
@@ -62,14 +67,16 @@ def slopes(d: int) -> Tensor:
 def rows_of(estimator: WideRGE, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The directions that the next estimates draw, recorded as they are drawn."""
     drawn: list[Tensor] = []
-    original = rge.DISTRIBUTIONS[estimator.distribution]
+    name = estimator.directions.distribution
+    original = directions.DISTRIBUTIONS[name]
 
-    def record(d: int, generator: torch.Generator) -> Tensor:
+    def record(q: int, d: int, generator: torch.Generator) -> Iterator[Tensor]:
         assert d == sum(sizes)
-        drawn.append(original(d, generator))
-        return drawn[-1]
+        for u in original(q, d, generator):
+            drawn.append(u)
+            yield u
 
-    monkeypatch.setitem(rge.DISTRIBUTIONS, estimator.distribution, record)
+    monkeypatch.setitem(directions.DISTRIBUTIONS, name, record)
     return drawn
 
 
@@ -136,22 +143,33 @@ def second_moment(distribution: str, s: Tensor) -> Tensor:
     }[distribution]
 
 
+def variance(distribution: str, s: Tensor, q: int) -> Tensor:
+    """Of an estimate of q directions, per coordinate."""
+    if distribution != "orthogonal":
+        return (second_moment(distribution, s) - s.square()) / q
+    d = len(s)
+    b = q * (d - q) / (d * (d + 2) * (d - 1))
+    a = q * (q + 2) / (d * (d + 2)) - b
+    return (d / q) ** 2 * (a * s.square() + b * s.square().sum()) - s.square()
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_unbiased(distribution, scheme):
-    """The mean over 100 estimates of 100 directions lies within 5 standard errors of the gradient, per coordinate and
-    in all: a chance of 1e-5 in a fixed draw that either holds or does not."""
-    d, q, times = 12, 100, 100
+    """The mean over many estimates lies within 5 standard errors of the gradient, per coordinate and in all: a chance
+    of 1e-5 in a fixed draw that either holds or does not."""
+    d = 12
+    q, times = (5, 400) if distribution == "orthogonal" else (100, 100)
     s = slopes(d)
     estimator = WideRGE(Linear(d), linear_objective, queries=q, distribution=distribution, scheme=scheme, mu=1e-2)
     mean = torch.stack([estimator.estimate(s).grads["w"] for _ in range(times)]).mean(0)
     wide = s.double()
-    variance = (second_moment(distribution, wide) - wide.square()) / (q * times)
+    expected = variance(distribution, wide, q) / times
     off = mean - wide
-    assert bool((off.abs() <= 5 * variance.sqrt()).all())
-    assert float(off.norm()) <= 5 * math.sqrt(float(variance.sum()))
+    assert bool((off.abs() <= 5 * expected.sqrt()).all())
+    assert float(off.norm()) <= 5 * math.sqrt(float(expected.sum()))
     # and it is no constant: the error is not far below its size either
-    assert float(off.norm()) >= 0.1 * math.sqrt(float(variance.sum()))
+    assert float(off.norm()) >= 0.1 * math.sqrt(float(expected.sum()))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -172,7 +190,7 @@ def test_unbiased_for_the_smoothed_loss(scheme):
 
 
 @pytest.mark.parametrize("q", [16, 64])
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS[:3])
 def test_norm_ratio(distribution, q):
     """E |g|^2 = (q - 1 + E|g_1|^2 / |s|^2) / q |s|^2, which is (q + d + 1) / q for Gaussian directions and
     (q + d - 1) / q for the others: sqrt((q + d) / q) within sqrt(1 +- 1 / (q + d))."""
@@ -189,6 +207,43 @@ def test_norm_ratio(distribution, q):
     ratio = math.sqrt(float(squares.mean()))
     nominal = math.sqrt((q + d) / q)
     assert abs(ratio / nominal - 1) <= 1 / (q + d) + 5 * error / expected
+
+
+# --- orthogonal
+
+
+def test_orthogonal_estimates_are_projections():
+    """|g|^2 = (d/q)^2 s.Ps, of mean d/q |s|^2 and the variance of a Beta(q/2, (d-q)/2)."""
+    d, q, times = 40, 16, 100
+    s = slopes(d)
+    estimator = WideRGE(Linear(d), linear_objective, queries=q, distribution="orthogonal", mu=1e-2)
+    found = [estimator.estimate(s).grads["w"].square().sum() / s.square().sum() for _ in range(times)]
+    spread = d / q * math.sqrt(2 * (d - q) / (q * (d + 2)) / times)
+    assert abs(float(torch.stack(found).mean()) - d / q) <= 5 * spread
+
+
+def test_as_many_orthogonal_directions_as_coordinates_give_the_whole_gradient():
+    """Within a mask too: the directions span its subspace and nothing else."""
+    d = 30
+    s, mask = slopes(d), {"w": torch.arange(30) % 2 == 0}
+    for chosen, q in ((None, 30), (mask, 15)):
+        grads = WideRGE(Linear(d), linear_objective, queries=q, distribution="orthogonal").estimate(s, chosen).grads
+        wanted = s.double() if chosen is None else torch.where(mask["w"], s.double(), 0)
+        # the d float32 directions are off right angles by their rounding, and the slopes by that of float32 sums
+        assert float((grads["w"] - wanted).norm()) <= d * 2.0**-24 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("group", [2, 3, 100])
+def test_groups_of_orthogonal_directions(group, monkeypatch):
+    """All of one length, at right angles within a group that fits the memory bound, and independent across groups."""
+    d, q = 50, 7
+    monkeypatch.setattr(directions, "ORTHOGONAL_BYTES", group * 8 * d)
+    u = torch.stack(list(directions.Directions(q, "orthogonal", 0).draw(d, 0))).double()
+    products = u @ u.t() / d
+    same = torch.arange(q)[:, None] // group == torch.arange(q) // group
+    bound = 2 * 2.0**-24  # each direction is rounded to float32 once
+    assert bool(((products - torch.eye(q)).abs() <= bound)[same].all())
+    assert bool((products.abs() > bound)[~same].all())
 
 
 # --- reproducible, local, masked, counted
@@ -274,8 +329,8 @@ def test_masked_out_weights_do_not_move():
     estimator = WideRGE(Linear(d), linear_objective, queries=q)
     mean = torch.stack([estimator.estimate(s, {"w": chosen}).grads["w"] for _ in range(times)]).mean(0)
     inside = s[chosen].double()
-    variance = (second_moment("gaussian", inside) - inside.square()).sum() / (q * times)
-    assert float((mean[chosen] - inside).norm()) <= 5 * math.sqrt(float(variance))
+    expected = variance("gaussian", inside, q).sum() / times
+    assert float((mean[chosen] - inside).norm()) <= 5 * math.sqrt(float(expected))
 
 
 @pytest.mark.parametrize(("scheme", "spent"), [("forward", 8), ("central", 15)])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,28 +15,8 @@ from ..engine import Prepared
 from ..plan import MEMORY, peak_bytes
 from .base import Objective
 from .checks import check_finite
+from .directions import Directions
 from .engine_estimator import EngineEstimator
-
-Draw = Callable[[int, torch.Generator], Tensor]
-
-
-def _gaussian(d: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(d, generator=generator)
-
-
-def _sphere(d: int, generator: torch.Generator) -> Tensor:
-    """Uniform on the sphere of radius sqrt(d), so that E[u u^T] = I as for the others (the slides' unit-sphere form
-    with factor d/mu is the same estimator)."""
-    u = torch.randn(d, generator=generator, dtype=torch.float64)
-    return (u * (math.sqrt(d) / u.norm())).float()
-
-
-def _rademacher(d: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (d,), generator=generator).float() * 2 - 1
-
-
-DISTRIBUTIONS: dict[str, Draw] = {"gaussian": _gaussian, "sphere": _sphere, "rademacher": _rademacher}
-"""distribution -> one direction u of dimension d with E[u u^T] = I."""
 
 
 class RGE(EngineEstimator):
@@ -45,10 +25,13 @@ class RGE(EngineEstimator):
     g = (1/q) sum_i (L(w + mu u_i) - L(w)) / mu * u_i                 (scheme="forward", q + 1 queries)
     g = (1/q) sum_i (L(w + mu u_i) - L(w - mu u_i)) / (2 mu) * u_i    (scheme="central", 2 q + 1: antithetic pairs)
 
-    with E[u u^T] = I over the selected coordinates, so the norm of g is about sqrt((q + d) / q) times the gradient's.
+    with E[u u^T] = I over the selected coordinates: directions live in the mask's subspace. The norm of g is about
+    sqrt((q + d) / q) times the gradient's, for d coordinates; sqrt(d / q) with orthogonal directions, whose estimate is
+    d/q times the projection on their span and at q = d the whole gradient.
 
     queries       q, directions an estimate (the total spent is the attribute of that name)
-    distribution  "gaussian", "sphere" or "rademacher"
+    distribution  "gaussian", "sphere" (radius sqrt(d)), "rademacher" (+-1) or "orthogonal" (on that sphere, at right
+                  angles to each other; q <= d or ValueError)
     seed          directions follow from (seed, number of the estimate) alone, never from the global random state
 
     Other arguments and errors as in :class:`EngineEstimator`.
@@ -72,16 +55,7 @@ class RGE(EngineEstimator):
         super().__init__(
             model, objective, mu=mu, scheme=scheme, precision=precision, block=block, strict=strict, budget=budget
         )
-        if not isinstance(seed, int):
-            raise ValueError(f"seed must be a whole number, got {seed!r}")
-        if not isinstance(queries, int) or queries < 1:
-            raise ValueError(f"queries must be a positive number of directions, got {queries!r}")
-        if distribution not in DISTRIBUTIONS:
-            known = ", ".join(map(repr, DISTRIBUTIONS))
-            raise ValueError(f"distribution must be one of {known}, got {distribution!r}")
-        self.directions = queries
-        self.distribution = distribution
-        self.seed = seed
+        self.directions = Directions(queries, distribution, seed)
         self.estimates = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,27 +70,25 @@ class RGE(EngineEstimator):
         self.estimates += 1
 
     def _count(self, selected: dict[str, Tensor]) -> int:
-        return 1 + len(self.signs) * self.directions
+        self.directions.check(sum(map(len, selected.values())))
+        return 1 + len(self.signs) * self.directions.count
 
     def _gradients(self, ready: Prepared, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-        parameters = {name: self.model.get_parameter(name) for name in selected}
-        device = next(iter(parameters.values())).device
+        device = self.model.get_parameter(next(iter(selected))).device
         sizes = [len(where) for where in selected.values()]
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.estimates))
         total = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         block = self._block(ready, list(selected))
         if ready.whole is not None:
             for name, where in selected.items():
                 ready.whole.check_step(name, where, self.mu)
-        for start in range(0, self.directions, block):
-            count = min(block, self.directions - start)
-            draws = [DISTRIBUTIONS[self.distribution](len(total), generator) for _ in range(count)]
-            u = torch.stack(draws).to(device)
+        drawn = self.directions.draw(len(total), self.estimates)
+        while rows := list(itertools.islice(drawn, block)):
+            u = torch.stack(rows).to(device)
             slope = self._quotients(functools.partial(self._differences, ready, selected, u))
             if not bool(slope.isfinite().all()):
                 check_finite(float("nan"), f"along a random direction with mu={self.mu:g}")
             total += slope @ u.double()
-        total /= self.directions
+        total /= self.directions.count
         grads = self._empty_grads(selected)
         for (name, where), part in zip(selected.items(), total.split(sizes), strict=True):
             grads[name][tuple(where.unbind(1))] = part.to(grads[name].dtype)
@@ -132,7 +104,7 @@ class RGE(EngineEstimator):
         weights = 4 * sum(self.model.get_parameter(name).numel() for name in names)
         need = 3 * weights + peak_bytes(self.engine.joint_steps(graph, names), starts, dense=True)
         device = self.model.get_parameter(names[0]).device.type
-        return max(1, min(self.directions, MEMORY.get(device, MEMORY["cpu"]) // need))
+        return max(1, min(self.directions.count, MEMORY.get(device, MEMORY["cpu"]) // need))
 
     def _differences(self, ready: Prepared, selected: dict[str, Tensor], u: Tensor, step: float) -> Tensor:
         """Loss differences [P] in float64 at w + step u."""
@@ -158,11 +130,3 @@ class RGE(EngineEstimator):
         steps = self.engine.joint_steps(ready.base.graph, list(selected))
         seeds = {name: Dense(values) for name, values in moved.items()}
         return self.engine.run(ready.base, steps, seeds, len(u))
-
-
-def _mix(seed: int, number: int) -> int:
-    """One 63-bit seed from two numbers (splitmix64 finaliser), so that neighbouring estimates share nothing."""
-    z = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (z ^ (z >> 31)) >> 1
