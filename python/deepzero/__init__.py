@@ -4,8 +4,9 @@ The pieces a training script needs are here; everything else lives in the submod
 """
 
 from . import data, errors, models, sparsity
+from .baselines import ForwardGE
 from .blackbox import BlackBox, blackbox
-from .estimators import CGE, RGE, Estimate, Estimator, StepResult
+from .estimators import CGE, RGE, Estimate, Estimator, HybridGE, StaleGE, StepResult
 from .training import Trainer
 
 __version__ = "0.1.0"
@@ -16,6 +17,9 @@ __all__ = [
     "BlackBox",
     "Estimate",
     "Estimator",
+    "ForwardGE",
+    "HybridGE",
+    "StaleGE",
     "StepResult",
     "Trainer",
     "blackbox",

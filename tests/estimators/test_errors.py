@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deepzero.baselines import ForwardGE
 from deepzero.check import check
 from deepzero.errors import BudgetError, MaskError, NoRuleError, ObjectiveError, StepError
-from deepzero.estimators import CGE, RGE
+from deepzero.estimators import CGE, RGE, HybridGE, StaleGE
+
+KINDS = [CGE, RGE, HybridGE, StaleGE, ForwardGE]
 
 
 def model() -> nn.Module:
@@ -49,7 +52,7 @@ MASKS: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("mask", "text"), [m[1:] for m in MASKS], ids=[m[0] for m in MASKS])
-@pytest.mark.parametrize("kind", [CGE, RGE])
+@pytest.mark.parametrize("kind", KINDS)
 def test_masks(kind: Any, mask: Any, text: str) -> None:
     calls = []
 
@@ -86,7 +89,7 @@ OBJECTIVES: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("function", "text"), [o[1:] for o in OBJECTIVES], ids=[o[0] for o in OBJECTIVES])
-@pytest.mark.parametrize("kind", [CGE, RGE])
+@pytest.mark.parametrize("kind", KINDS)
 def test_objectives(kind: Any, function: Any, text: str) -> None:
     with pytest.raises(ObjectiveError, match=text):
         kind(model(), function).estimate(batch())
@@ -110,6 +113,45 @@ ARGUMENTS: list[tuple[str, Any, type[Exception], str]] = [
         ValueError,
         "distribution must be one of 'gaussian'",
     ),
+    (
+        "too many orthogonal",
+        lambda: RGE(model(), objective, queries=37, distribution="orthogonal").estimate(batch()),
+        ValueError,
+        "queries = 37 directions cannot be orthogonal in the 36 dimensions that are selected. Use at most 36",
+    ),
+    (
+        "too many orthogonal, masked",
+        lambda: ForwardGE(model(), objective, queries=5, distribution="orthogonal").estimate(
+            batch(), {"0.bias": ones(4)}
+        ),
+        ValueError,
+        "queries = 5 directions cannot be orthogonal in the 4 dimensions",
+    ),
+    ("hybrid queries", lambda: HybridGE(model(), objective, queries=0), ValueError, "queries must be a positive numb"),
+    ("forward queries", lambda: ForwardGE(model(), objective, queries=0), ValueError, "queries must be a positive num"),
+    (
+        "unknown pattern",
+        lambda: HybridGE(model(), objective, coordinates=["0.*", "0.wieght"]),
+        MaskError,
+        r"no parameter that requires grad matches '0\.wieght'\. Did you mean '0\.weight'",
+    ),
+    (
+        "frozen pattern",
+        lambda: HybridGE(model(), objective, coordinates="2.bias"),
+        MaskError,
+        r"no parameter that requires grad matches '2\.bias'",
+    ),
+    ("no pattern", lambda: HybridGE(model(), objective, coordinates=()), MaskError, "random directions: use dz.RGE"),
+    ("every", lambda: HybridGE(model(), objective, coordinates="*"), MaskError, "takes in every weight.*use dz.CGE"),
+    ("number", lambda: HybridGE(model(), objective, coordinates=[3]), TypeError, "a list of them or a mask, got int"),
+    (
+        "bad mask",
+        lambda: HybridGE(model(), objective, coordinates={"0.weight": ones(5, 4)}),
+        MaskError,
+        r"mask\['0\.weight'\] must have the parameter's shape",
+    ),
+    ("decay", lambda: StaleGE(model(), objective, decay=1.5), ValueError, r"decay must be between 0 .*, got 1\.5"),
+    ("decay nan", lambda: StaleGE(model(), objective, decay=float("nan")), ValueError, "decay must be between 0"),
     ("rge scheme", lambda: RGE(model(), objective, scheme="antithetic"), ValueError, "one of 'forward', 'central'"),
     ("model", lambda: CGE(objective, objective), TypeError, "model must be a torch.nn.Module, got function"),
     ("objective", lambda: CGE(model(), 3), TypeError, "objective must be callable as objective"),
@@ -123,7 +165,7 @@ def test_arguments(make: Any, kind: type[Exception], text: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("kind", [CGE, RGE])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_budget_is_never_overshot(kind: Any) -> None:
     estimator = kind(model(), objective, budget=400)
     while True:
@@ -144,6 +186,13 @@ def test_query_counts() -> None:
     assert CGE(model(), objective, scheme="central").estimate(batch(), mask).queries == 1 + 48
     assert RGE(model(), objective, queries=7).estimate(batch(), mask).queries == 1 + 7
     assert RGE(model(), objective, queries=7, scheme="central").estimate(batch(), mask).queries == 1 + 14
+    hybrid = HybridGE(model(), objective, coordinates="0.bias", queries=7)
+    assert hybrid.estimate(batch(), mask).queries == 1 + 4 + 7
+    assert hybrid.estimate(batch(), {"0.bias": mask["0.bias"]}).queries == 1 + 4
+    assert hybrid.estimate(batch(), {"0.weight": mask["0.weight"]}).queries == 1 + 7
+    assert HybridGE(model(), objective, queries=7, scheme="central").estimate(batch(), mask).queries == 1 + 2 * (4 + 7)
+    assert StaleGE(model(), objective).estimate(batch(), mask).queries == 1 + 24
+    assert ForwardGE(model(), objective, queries=7).estimate(batch(), mask).queries == 7
 
 
 class NoRule(nn.Module):

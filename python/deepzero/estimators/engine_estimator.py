@@ -71,6 +71,9 @@ class EngineEstimator(Estimator):
     def _gradients(self, ready: Prepared, selected: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameter name -> estimate in the parameter's shape and dtype. Changes nothing of the estimator."""
 
+    def _remember(self, grads: dict[str, Tensor]) -> None:
+        """Keep what later estimates need of this step; part of ``backward``'s commit, before anything is written."""
+
     def _work(self, batch: Any, mask: Mask | None) -> tuple[Prepared, dict[str, Tensor], int]:
         selected = self.engine.selected(mask)
         queries = self._count(selected)
@@ -90,6 +93,7 @@ class EngineEstimator(Estimator):
     def backward(self, batch: Any, mask: Mask | None = None) -> StepResult:
         ready, grads, queries = self._work(batch, mask)
         with uninterrupted():
+            self._remember(grads)
             write_buffers(self.model, ready.buffers)
             set_random_state(ready.random)
             accumulate(self.model, grads)

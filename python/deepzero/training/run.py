@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import data
-from ..baselines import Backprop, PlainLoop
+from ..baselines import Backprop, ForwardGE, PlainLoop
 from ..data import ImageData, Loader
 from ..errors import CheckpointError, ConfigError, MaskError
-from ..estimators import CGE, RGE, Estimator, Objective
+from ..estimators import CGE, RGE, Estimator, HybridGE, Objective, StaleGE
 from ..models import MODELS
 from ..sparsity import prune
 from ..sparsity.masks import costs_of
@@ -51,6 +51,9 @@ from .trainer import Trainer
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "cge": CGE,
     "rge": RGE,
+    "hybrid": HybridGE,
+    "stale": StaleGE,
+    "forward-gradient": ForwardGE,
     "plain-loop": PlainLoop,
     "backprop": Backprop,
 }
