@@ -92,6 +92,7 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("triton", "dense_batch_norm"): (torch.bfloat16,),
     ("triton", "gelu_difference"): (torch.bfloat16,),
     ("triton", "layer_norm_difference"): (torch.bfloat16,),
+    ("triton", "attention_difference"): (torch.bfloat16,),
 }
 
 

@@ -14,7 +14,7 @@ def _kernel(
 ):  # fmt: skip
     """As csrc/cpu/softmax.h. Where a block is a whole row, the compiler sees loops of one round and reads delta and
     prob once. Rows whose sum of exponentials ends far from 1 are rare: a block of FAR columns at a time, in float64."""
-    FAR: tl.constexpr = max(16, 512 // ROWS)
+    FAR: tl.constexpr = max(16, 256 // ROWS)
     piece = tl.program_id(0).to(tl.int64)  # perturbations that share a row of the base are neighbours
     r = piece // chunks
     q = piece % chunks * ROWS + tl.arange(0, ROWS)[:, None, None]

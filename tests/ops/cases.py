@@ -308,20 +308,21 @@ def softmax_difference() -> Iterator[Case]:
 
 @cases
 def attention_difference() -> Iterator[Case]:
-    moves = ("dq", "dk", "dv", "dq dk", "dk dv", "dq dk dv")
-    shapes = [*test_attention_difference.SHAPES, (4, (3, 4), 150, 197, 64, 64)]
+    first, small, heads, wide, tall = test_attention_difference.SHAPES
+    more, huge = (2, (1, 2), 9, 40, 40, 130), (4, (3, 4), 150, 197, 64, 64)
+    everything, steps = "dq dk dv", (1e-8, 0.1, 30.0)
     for k, (shape, step, moved) in enumerate(
-        [(shape, step, "dq dk dv") for shape in shapes for step in (1e-8, 0.1, 30.0)]
-        + [(test_attention_difference.SMALL, 1.0, moved) for moved in moves]
-        + [((2, (1, 2), 9, 40, 40, 130), 0.03, moved) for moved in moves]
+        [(shape, step, everything) for shape in (small, first, huge) for step in steps]
+        + [(shape, step, everything) for shape in (wide, tall) for step in (1e-8, 0.1)]
+        + [(small, 1.0, moved) for moved in ("dq", "dk", "dv", "dq dk", "dk dv")]
+        + [(heads, 0.1, everything), (more, 0.03, everything), (more, 0.03, "dv")]
     ):
         dtype, out_dtype = _HALVES[k % 4]
         causal = bool(k % 3)
         args = test_attention_difference.inputs(shape, step, causal, tuple(moved.split()), dtype)
-        large = shape[2] == 150 or (step == 30.0 and shape[2] == 65)
         name = f"{shape}, step={step}, causal={causal}, {moved}, {dtype} to {out_dtype}"
         bound = test_attention_difference.bound(args)
-        yield Case(name, args | {"out_dtype": out_dtype}, bound, dtype, large)
+        yield Case(name, args | {"out_dtype": out_dtype}, bound, dtype, shape == huge)
     args = test_attention_difference.inputs((2, (3,), 5, 37, 8, 16), 0.1)
     args["p"][:, :, 20:] = 0
     args["p"] /= args["p"].sum(-1, keepdim=True)
