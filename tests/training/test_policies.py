@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from deepzero.errors import ConfigError
+from deepzero.errors import BudgetError, ConfigError
 from deepzero.sparsity import LayerRatios, UniformRandom
 from deepzero.training import Config, checkpoint, load_config
 from deepzero.training.callbacks import read_metrics
@@ -246,6 +246,28 @@ def test_true_is_the_same_masks_also_with_sparse_weights(tmp_path):
     assert all(torch.equal(ours["masks"]["mask"][n], theirs["masks"]["mask"][n]) for n in ours["masks"]["mask"])
     first = [read_metrics(place / "metrics.jsonl")[0]["loss"] for place in (run, run / "first-order-sparse-weight")]
     assert first[0] == first[1]
+
+
+@pytest.mark.parametrize("policy", ["uniform", "layerwise", "fixed"])
+def test_a_resumed_run_goes_on_with_its_masks_schedule_and_momentum(policy, tmp_path):
+    own = [f"sparsity.policy={policy}", 'sparsity.always_on=["norm"]', "sparsity.momentum=masked", "sparsity.every=2"]
+    own = own[:3] if policy == "fixed" else [*own, "sparsity.schedule.name=cubic", "sparsity.schedule.start=0.3"]
+    own += ["sparsity.ratios=data-free"] if policy == "layerwise" else []
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    start(small(*own), straight)
+    budget = sum(queries(straight)[:4]) + 3
+    with pytest.raises(BudgetError, match="3 are left"):
+        start(small(*own, f"estimator.budget={budget}"), stopped)
+    path = stopped / "config.toml"
+    path.write_text(path.read_text().replace(f"budget = {budget}", "budget = 100000"))
+    resume(stopped)
+    assert queries(stopped) == queries(straight)
+    (ours, theirs) = last(stopped), last(straight)
+    for name in ours["model"]:
+        assert torch.equal(ours["model"][name], theirs["model"][name])
+    momenta = [[s["momentum_buffer"] for s in run["optimizer"]["state"].values()] for run in (ours, theirs)]
+    assert len(momenta[0]) == len(momenta[1]) == 6
+    assert all(map(torch.equal, *momenta))
 
 
 REFUSED = {
