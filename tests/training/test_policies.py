@@ -341,6 +341,10 @@ REFUSED = {
         ["sparsity.weights=sparse"],
         r"sparsity.weights = 'sparse' keeps .* sparsity.policy = 'uniform' draws new masks. Set sparsity.policy",
     ),
+    "stale quotients held still": (
+        ["estimator.name=stale", "sparsity.momentum=masked"],
+        r"estimator.name = 'stale' moves what the mask leaves out .* sparsity.momentum = 'masked'",
+    ),
     "constant with a start": (
         ["sparsity.schedule.start=0.1"],
         r"sparsity.schedule.name = 'constant' has no start, begin_epoch or epochs",

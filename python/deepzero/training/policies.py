@@ -142,6 +142,11 @@ def check_sparsity(config: Config) -> None:
             f"{section.policy!r} draws new masks. Set sparsity.policy = 'fixed'.",
         ),
         (
+            config.estimator.name == "stale" and (section.momentum == "masked" or section.weights == "sparse"),
+            "estimator.name = 'stale' moves what the mask leaves out by its last quotients, and sparsity.momentum = "
+            "'masked' (so too weights = 'sparse') holds it still. Leave one of them out.",
+        ),
+        (
             schedule.name == "constant" and schedule != SparsityScheduleSection(),
             "sparsity.schedule.name = 'constant' has no start, begin_epoch or epochs: sparsity.fraction is all of it. "
             "Leave them out, or name linear, cosine or cubic.",
