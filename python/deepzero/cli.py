@@ -1,4 +1,4 @@
-"""The command ``deepzero``: train, resume, plan, check, info.
+"""The command ``deepzero``: train, resume, ablate, plan, check, info.
 
 Exit codes: 0 done, 1 ``check`` found wrong quotients, 2 a usage, configuration, data or checkpoint error, 3 the query
 budget is spent, 4 a loss or weight is not finite, 130 interrupted (a checkpoint was written).
@@ -7,6 +7,8 @@ budget is spent, 4 a loss or weight is not finite, 130 interrupted (a checkpoint
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import importlib
 import os
 import platform
@@ -19,9 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from .errors import BudgetError, ConfigError, DeepZeroError, ObjectiveError
+from .training.studies import STUDIES
 
 if TYPE_CHECKING:
     from .estimators import CGE
+    from .training.ablate import Study
 
 app = typer.Typer(
     name="deepzero",
@@ -95,6 +99,56 @@ def resume(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> N
 
     with _exit_codes(run):
         _report(run, runs.resume(run))
+
+
+@app.command()
+def ablate(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[STUDY]", help=f"One of: {', '.join(STUDIES)}; or none, with --sweep.")
+    ] = None,
+    axes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep", help="Sweep a key by hand, e.g. estimator.options.mu=5e-3,1e-3,1e-6.", metavar="KEY=VALUE,..."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of every setting, with seeds 0, 1, ...")] = 3,
+    metric: Annotated[str | None, typer.Option(help="What the picture shows; default test_accuracy.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file under the study's settings.")] = None,
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, typer.Option(help="Default runs/ablate-<study>.")] = None,
+) -> None:
+    """Train one setting after the other, with several seeds, into one table and picture.
+
+    The same command goes on where it was stopped. Give several --sweep for every combination.
+    """
+    from .plots import new_figure, plot_ablation
+    from .training import ablate as ablation
+
+    place = folder or Path("runs", f"ablate-{name or 'sweep'}")
+    with _exit_codes():
+        if (name is None) == (not axes):
+            raise ConfigError(f"give one study ({', '.join(STUDIES)}) or --sweep key=value,value,...")
+        study = _study(name) if name is not None else ablation.sweep(axes or ())
+        if metric is not None:
+            study = dataclasses.replace(study, metric=metric)
+        new_figure(1, 1)  # a missing matplotlib is found before the work, not after it
+        configs = ablation.resolve(study, config, overrides or ())
+        try:
+            rows = ablation.run(name or "sweep", study, configs, place, seeds=seeds)
+        except KeyboardInterrupt:
+            _fail("interrupted. The same command goes on from here.", 130)
+        picture = plot_ablation(rows, place / "plot.png", title=study.title, metric=study.metric)
+        typer.echo(f"{study.title}\n\n{ablation.table(rows)}")
+        typer.echo(f"rows {place / 'results.csv'}, table {place / 'table.md'}, picture {picture}")
+
+
+def _study(name: str) -> Study:
+    if name not in STUDIES:
+        near = difflib.get_close_matches(name, STUDIES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"study {name!r} is unknown.{hint} Known: {', '.join(STUDIES)}.")
+    return STUDIES[name]
 
 
 @app.command()

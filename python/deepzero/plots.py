@@ -1,12 +1,27 @@
-"""The picture of a run."""
+"""The picture of a run, and of a study."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError
+from .training.ablate import METRICS, Row, by_label, curves, mean_and_spread
 from .training.callbacks import read_metrics
 from .training.config import FIRST_ORDER
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of that many inches. Raises ConfigError when matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise ConfigError("matplotlib is not installed: pip install 'deepzero[train]'") from missing
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def plot_run(folder: Path) -> Path:
@@ -15,11 +30,6 @@ def plot_run(folder: Path) -> Path:
     The horizontal axis counts the zeroth-order run's queries; a first-order run beside it is drawn at equal epochs,
     with which the upper axis is marked. Raises ConfigError when matplotlib is missing or the run has no finished epoch.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise ConfigError("matplotlib is not installed: pip install 'deepzero[train]'") from missing
     runs = {"zeroth-order": folder / "metrics.jsonl"}
     runs |= {f"{label}, same steps": folder / label / "metrics.jsonl" for label in FIRST_ORDER.values()}
     epochs = {
@@ -31,8 +41,7 @@ def plot_run(folder: Path) -> Path:
     if not own:
         raise ConfigError(f"{folder}: no finished epoch to draw. Give the folder of a run that has at least one.")
     queries_per_epoch = own[-1]["queries"] / own[-1]["epoch"]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4)
     for axes, value, title in zip(
         figure.subplots(1, 2), ("train_loss", "test_accuracy"), ("training loss", "test accuracy"), strict=True
     ):
@@ -56,4 +65,40 @@ def plot_run(folder: Path) -> Path:
         upper.set_xlabel("epochs")
     target = folder / "run.png"
     figure.savefig(target, dpi=120)
+    return target
+
+
+def plot_ablation(rows: Sequence[Row], target: Path, *, title: str, metric: str = "test_accuracy") -> Path:
+    """Draw ``metric`` by label, mean and standard deviation over seeds, into ``target`` and return that path.
+
+    Labels that all end in ``key=number`` with one key become curves over that number, on a logarithmic axis when they
+    span more than a factor of 20; others become one line each. A label without a usable value is left empty.
+    """
+    groups = by_label(rows)
+    points = {label: mean_and_spread(getattr(row, metric) for row in group) for label, group in groups.items()}
+    found = curves(groups)
+    figure = new_figure(7, 4.2 if found else 1.4 + 0.32 * len(groups))
+    axes = figure.subplots()
+    style: dict[str, Any] = {"marker": "o", "markersize": 5, "capsize": 3}
+    if found is None:
+        for label, (mean, deviation) in points.items():
+            axes.errorbar([mean], [label], xerr=[deviation], color="#1f6feb", **style)
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.set_xlabel(METRICS[metric])
+    else:
+        name, lines = found
+        for (curve, at), shape in zip(lines.items(), ("o", "s", "^", "D", "v", "P", "X") * len(lines), strict=False):
+            shown = sorted((x, *points[label]) for label, x in at.items())
+            x, means, deviations = zip(*shown, strict=True)
+            axes.errorbar(x, means, yerr=deviations, label=curve, **style | {"marker": shape})
+        every = [x for at in lines.values() for x in at.values()]
+        if min(every) > 0 and max(every) > 20 * min(every):
+            axes.set_xscale("log")
+        if any(lines):
+            axes.legend()
+        axes.set_xlabel(name)
+        axes.set_ylabel(METRICS[metric])
+    axes.grid(alpha=0.3)
+    axes.set_title(title, fontsize=10)
+    figure.savefig(target, dpi=120, metadata={"Software": None})
     return target
