@@ -6,6 +6,7 @@ from .memory import keep_freed_memory
 from .ops import (
     OPS,
     attention_difference,
+    batch_norm_conv2d,
     channel_batch_norm,
     channel_conv2d,
     channel_linear_cross_entropy,
@@ -23,6 +24,7 @@ __all__ = [
     "BackendError",
     "attention_difference",
     "available_backends",
+    "batch_norm_conv2d",
     "build_info",
     "channel_batch_norm",
     "channel_conv2d",

@@ -84,6 +84,7 @@ _REFUSALS: dict[str, Callable[[torch.device | None, torch.dtype | None], str | N
 # What kernels take beyond float32.
 _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("cpu", "dense_batch_norm"): (torch.bfloat16,),
+    ("cpu", "batch_norm_conv2d"): (torch.bfloat16,),
     ("cpu", "gelu_difference"): (torch.bfloat16,),
     ("cpu", "layer_norm_difference"): (torch.bfloat16,),
     ("cpu", "attention_difference"): (torch.bfloat16,),
@@ -93,6 +94,7 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("triton", "gelu_difference"): (torch.bfloat16,),
     ("triton", "layer_norm_difference"): (torch.bfloat16,),
     ("triton", "attention_difference"): (torch.bfloat16,),
+    ("triton", "batch_norm_conv2d"): (torch.bfloat16,),
 }
 
 

@@ -19,6 +19,7 @@ OPS = (
     "channel_conv2d",
     "channel_batch_norm",
     "dense_batch_norm",
+    "batch_norm_conv2d",
     "channel_linear_cross_entropy",
     "cross_entropy_difference",
     "gelu_difference",
@@ -266,6 +267,86 @@ def dense_batch_norm(
     Cost: reads delta twice and residual once, writes the result; zc, y and gap come from cache.
     """
     op = "dense_batch_norm"
+    base = _norm_inputs(op, delta, zc, var, gamma, residual, residual_channel, y, relu, eps)
+    height, width = delta.shape[3:]
+    _pool(op, pool, height, width)
+    if pool > 1:
+        if gap is None:
+            raise ValueError(f"dz::{op}: gap must be given with pool={pool}, got None")
+        _base_input(op, "gap", gap, delta, base)
+    if out_dtype is None:
+        out_dtype = base
+    elif out_dtype not in check.FLOATS:
+        raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
+    scale = torch.ones_like(var) if gamma is None else gamma.to(torch.float64)
+    return backends.run(
+        op, delta, delta, zc, var, scale, eps=float(eps), training=bool(training), residual=residual,
+        residual_channel=residual_channel, y=y if relu else None, pool=pool, gap=gap if pool > 1 else None,
+        out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def batch_norm_conv2d(
+    delta: Tensor,
+    zc: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    training: bool = True,
+    residual: Tensor | None = None,
+    residual_channel: Tensor | None = None,
+    y: Tensor | None = None,
+    relu: bool = False,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+) -> Tensor:
+    """A difference in every channel through batch norm, residual and ReLU, and on through a conv2d.
+
+    out[p] = conv2d(a[p], weight), a = dense_batch_norm(delta, zc, var, gamma, ..., out_dtype=weight.dtype)
+
+    For a norm whose output only the convolution reads: a need not be stored.
+
+    delta .. relu  as in dense_batch_norm
+    weight         [O, C, kh, kw]  bfloat16 or the base dtype of dense_batch_norm
+    result         [P, N, O, Ho, Wo]  a view of contiguous [P, N, Ho, Wo, O] memory, dtype of weight
+
+    Exactness: a as in dense_batch_norm, rounded to the dtype of weight; sums in float32 (float64 for float64) of
+    C kh kw products in any order, of float32 operands each within 48 roundings; the sum is rounded once more.
+    Cost: 2 C kh kw operations per output value; reads delta twice and residual once, writes the result.
+    """
+    op = "batch_norm_conv2d"
+    base = _norm_inputs(op, delta, zc, var, gamma, residual, residual_channel, y, relu, eps)
+    _, _, channels, height, width = delta.shape
+    check.of_dtype(op, "weight", weight, (base, torch.bfloat16))
+    check.of_shape(op, "weight", weight, (None, channels, None, None), "[O, C, kh, kw]")
+    check.same_device(op, "weight", weight, "delta", delta)
+    stride = check.pair(op, "stride", stride, 1)
+    padding = check.pair(op, "padding", padding, 0)
+    dilation = check.pair(op, "dilation", dilation, 1)
+    check.output_size(op, height, width, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
+    scale = torch.ones_like(var) if gamma is None else gamma.to(torch.float64)
+    return backends.run(
+        op, delta, delta, zc, var, scale, weight, eps=float(eps), training=bool(training), residual=residual,
+        residual_channel=residual_channel, y=y if relu else None, stride=stride, padding=padding, dilation=dilation,
+    )  # fmt: skip
+
+
+def _norm_inputs(
+    op: str,
+    delta: Tensor,
+    zc: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    residual: Tensor | None,
+    residual_channel: Tensor | None,
+    y: Tensor | None,
+    relu: bool,
+    eps: float,
+) -> torch.dtype:
+    """What the dense norms take; the base dtype."""
     check.of_dtype(op, "delta", delta, check.FLOATS)
     check.of_shape(op, "delta", delta, (None, None, None, None, None), "[P, N, C, H, W]")
     perturbations, samples, channels, height, width = delta.shape
@@ -296,23 +377,9 @@ def dense_batch_norm(
         if y is None:
             raise ValueError(f"dz::{op}: y must be given with relu=True, got None")
         _base_input(op, "y", y, delta, base)
-    _pool(op, pool, height, width)
-    if pool > 1:
-        if gap is None:
-            raise ValueError(f"dz::{op}: gap must be given with pool={pool}, got None")
-        _base_input(op, "gap", gap, delta, base)
     if not eps >= 0:
         raise ValueError(f"dz::{op}: eps must be at least 0, got {eps}")
-    if out_dtype is None:
-        out_dtype = base
-    elif out_dtype not in check.FLOATS:
-        raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
-    scale = torch.ones_like(var) if gamma is None else gamma.to(torch.float64)
-    return backends.run(
-        op, delta, delta, zc, var, scale, eps=float(eps), training=bool(training), residual=residual,
-        residual_channel=residual_channel, y=y if relu else None, pool=pool, gap=gap if pool > 1 else None,
-        out_dtype=out_dtype,
-    )  # fmt: skip
+    return base
 
 
 def _base_input(op: str, name: str, tensor: Tensor, delta: Tensor, dtype: torch.dtype) -> None:

@@ -145,7 +145,8 @@ def test_a_space_in_the_path_is_escaped() -> None:
 
 
 def test_setup_lists_the_ops() -> None:
-    assert build.OPS == dzkernels.OPS
+    composed = {"batch_norm_conv2d"}  # of other ops, on CPUs
+    assert tuple(op for op in dzkernels.OPS if op not in composed) == build.OPS
 
 
 def test_build_info_of_this_installation() -> None:

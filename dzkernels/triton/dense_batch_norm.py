@@ -90,81 +90,109 @@ def _finish(
 
 
 @triton.jit
-def _apply(
-    delta, zc, coefficients, residual, residual_channel, y, gap, out, P, R, C, Q, H, W, Ho, Wo,
-    TRAINING: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def change_at(
+    delta, zc, coefficients, residual, residual_channel, y, p, r, c, known, R, C,
+    TRAINING: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """RESIDUAL: "none", "dense" or "channel"."""
-    p, q = (tl.program_id(0) % P).to(tl.int64), tl.program_id(0) // P * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (q < Q)[:, None] & (c < C)[None, :]
+    """Change of the activation of perturbation p at pixels r and channels c; `known` says which of r are pixels.
+
+    RESIDUAL: "none", "dense" or "channel"
+    """
+    at, inside = r[:, None] * C + c[None, :], known[:, None] & (c < C)[None, :]
+    d = tl.load(delta + p * R * C + at, mask=inside, other=0.0).to(tl.float32)
     if TRAINING:
         own = coefficients + p * 4 * C + c
         shift = tl.load(own, mask=c < C, other=0.0)[None, :]
         scale = tl.load(own + C, mask=c < C, other=0.0)[None, :]
         pull = tl.load(own + 2 * C, mask=c < C, other=0.0)[None, :]
         offset = tl.load(own + 3 * C, mask=c < C, other=0.0)[None, :]
+        change = scale * (d - shift) - (pull * tl.load(zc + at, mask=inside, other=0.0) + offset)
     else:
-        scale = tl.load(coefficients + c, mask=c < C, other=0.0)[None, :]
+        change = tl.load(coefficients + c, mask=c < C, other=0.0)[None, :] * d
+    if RESIDUAL == "dense":
+        change += tl.load(residual + p * R * C + at, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL == "channel":
+        moved = tl.load(residual + p * R + r, mask=known, other=0.0)[:, None]
+        change += tl.where(c[None, :] == tl.load(residual_channel + p), moved, 0.0)
+    if RELU:
+        change = relu_change(tl.load(y + at, mask=inside, other=0.0), change)
+    return change
+
+
+@triton.jit
+def _apply(
+    delta, zc, coefficients, residual, residual_channel, y, gap, out, P, R, C, Q, H, W, Ho, Wo,
+    TRAINING: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    p, q = (tl.program_id(0) % P).to(tl.int64), tl.program_id(0) // P * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (q < Q)[:, None] & (c < C)[None, :]
     corner = q.to(tl.int64)
     if POOL > 1:
         corner = (corner // (Ho * Wo) * H + q // Wo % Ho * POOL) * W + q % Wo * POOL
     best = tl.full((ROWS, COLUMNS), float("-inf"), dtype=tl.float32)
     for k in range(0, POOL * POOL):
         r = corner + k // POOL * W + k % POOL
-        at = r[:, None] * C + c[None, :]
-        d = tl.load(delta + p * R * C + at, mask=inside, other=0.0).to(tl.float32)
-        if TRAINING:
-            change = scale * (d - shift) - (pull * tl.load(zc + at, mask=inside, other=0.0) + offset)
-        else:
-            change = scale * d
-        if RESIDUAL == "dense":
-            change += tl.load(residual + p * R * C + at, mask=inside, other=0.0).to(tl.float32)
-        if RESIDUAL == "channel":
-            moved = tl.load(residual + p * R + r, mask=q < Q, other=0.0)[:, None]
-            change += tl.where(c[None, :] == tl.load(residual_channel + p), moved, 0.0)
-        if RELU:
-            change = relu_change(tl.load(y + at, mask=inside, other=0.0), change)
+        change = change_at(
+            delta, zc, coefficients, residual, residual_channel, y, p, r, c, q < Q, R, C, TRAINING, RESIDUAL, RELU
+        )
         if POOL > 1:
-            change += tl.load(gap + at, mask=inside, other=0.0)
+            change += tl.load(gap + r[:, None] * C + c[None, :], mask=inside, other=0.0)
         best = larger(best, change)
     tl.store(out + (p * Q + q)[:, None] * C + c[None, :], best, mask=inside)
+
+
+def coefficients_of(delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, eps: float, training: bool) -> Tensor:
+    """What change_at reads: [P, 4, C] from the statistics of delta [P, N, H, W, C], or [C] without training."""
+    if not training:
+        return (gamma / (var + eps).sqrt()).float()
+    perturbations, samples, height, width, channels = delta.shape
+    pixels, across = samples * height * width, columns_of(channels)
+    rows, strips = TILE // across, triton.cdiv(channels, across)
+    loops = min(LOOPS, triton.next_power_of_2(triton.cdiv(pixels, rows)))
+    chunks = triton.cdiv(pixels, rows * loops)
+    parts = torch.empty(perturbations, chunks, 4, channels, dtype=torch.float64, device=delta.device)
+    coefficients = torch.empty(perturbations, 4, channels, dtype=torch.float32, device=delta.device)
+    _moments[(perturbations * chunks, strips)](
+        delta, zc, parts, perturbations, pixels, channels, chunks, ROWS=rows, COLUMNS=across, LOOPS=loops
+    )
+    _finish[(perturbations, strips)](
+        delta, zc, var, gamma, parts, coefficients, pixels, channels, chunks, EPS=eps, ROWS=rows, COLUMNS=across,
+        AT_ONCE=16,
+    )  # fmt: skip
+    return coefficients
+
+
+def columns_of(channels: int) -> int:
+    return min(64, triton.next_power_of_2(channels))
+
+
+def kind_of_residual(residual: Tensor | None, channel: Tensor | None) -> tuple[str, Tensor | None, Tensor | None]:
+    """What change_at reads: RESIDUAL, residual, residual_channel."""
+    if residual is None:
+        return "none", None, None
+    residual = channels_last(residual) if channel is None else residual.contiguous()
+    residual = residual if residual.dtype in _HALVES else residual.float()
+    return ("dense", residual, None) if channel is None else ("channel", residual, channel.contiguous())
 
 
 def dense_batch_norm(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool, residual: Tensor | None,
     residual_channel: Tensor | None, y: Tensor | None, pool: int, gap: Tensor | None, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    delta, zc, var, gamma = _last(delta), _last(zc), var.contiguous(), gamma.contiguous()
-    kind = "none" if residual is None else "dense" if residual_channel is None else "channel"
-    if residual is not None:
-        residual = _last(residual) if kind == "dense" else residual.contiguous()
-        residual = residual if residual.dtype in _HALVES else residual.float()
-        residual_channel = residual_channel.contiguous() if residual_channel is not None else None
-    y, gap = _last(y) if y is not None else None, _last(gap) if gap is not None else None
+    delta, zc, var, gamma = channels_last(delta), channels_last(zc), var.contiguous(), gamma.contiguous()
+    kind, residual, residual_channel = kind_of_residual(residual, residual_channel)
+    y, gap = channels_last(y) if y is not None else None, channels_last(gap) if gap is not None else None
     perturbations, samples, height, width, channels = delta.shape
     rows, columns = height // pool, width // pool
     inner = out_dtype if out_dtype in _HALVES else torch.float32
     out = torch.empty(perturbations, samples, rows, columns, channels, dtype=inner, device=delta.device)
     if perturbations > 0:
         pixels, results = samples * height * width, samples * rows * columns
-        across = min(64, triton.next_power_of_2(channels))
+        across = columns_of(channels)
         down, strips = TILE // across, triton.cdiv(channels, across)
-        if training:
-            loops = min(LOOPS, triton.next_power_of_2(triton.cdiv(pixels, down)))
-            chunks = triton.cdiv(pixels, down * loops)
-            parts = torch.empty(perturbations, chunks, 4, channels, dtype=torch.float64, device=delta.device)
-            coefficients = torch.empty(perturbations, 4, channels, dtype=torch.float32, device=delta.device)
-            _moments[(perturbations * chunks, strips)](
-                delta, zc, parts, perturbations, pixels, channels, chunks, ROWS=down, COLUMNS=across, LOOPS=loops
-            )
-            _finish[(perturbations, strips)](
-                delta, zc, var, gamma, parts, coefficients, pixels, channels, chunks, EPS=eps, ROWS=down,
-                COLUMNS=across, AT_ONCE=16,
-            )  # fmt: skip
-        else:
-            coefficients = (gamma / (var + eps).sqrt()).float()
+        coefficients = coefficients_of(delta, zc, var, gamma, eps, training)
 
         def run(config: Config) -> None:
             _apply[(perturbations * triton.cdiv(results, config["ROWS"]), strips)](
@@ -179,6 +207,6 @@ def dense_batch_norm(
     return out.to(out_dtype).permute(0, 1, 4, 2, 3)
 
 
-def _last(values: Tensor) -> Tensor:
+def channels_last(values: Tensor) -> Tensor:
     """[..., C, H, W] as contiguous [..., H, W, C]; no copy where it lies so already."""
     return values.movedim(-3, -1).contiguous()

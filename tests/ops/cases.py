@@ -17,6 +17,7 @@ from dzkernels import backends
 from helpers import UNIT, assert_bounded, assert_exact, integers, normal, small_ints, strided
 from ops import (
     test_attention_difference,
+    test_batch_norm_conv2d,
     test_channel_batch_norm,
     test_channel_linear_cross_entropy,
     test_cross_entropy_difference,
@@ -145,6 +146,8 @@ def channel_conv2d() -> Iterator[Case]:
             yield Case(f"{name}, out {out_dtype}", args | {"out_dtype": out_dtype}, None, dtype, "large" in name)
 
 
+LARGE_CONVOLUTION = ((3, 17, 70, 9, 8), (130, 3, 3), (1, 1, 1))
+
 # Almost nothing of the spread is left but s' >= sqrt(eps), and of two terms that cancel: 8 roundings of gamma |z| / s'.
 _VANISHING = 8 * UNIT[torch.float32] / math.sqrt(1e-5)
 
@@ -201,6 +204,23 @@ def dense_batch_norm() -> Iterator[Case]:
     args = test_dense_batch_norm.inputs((2, 2, 18, 4, 4), 1.0, 2) | {"relu": True}
     args["delta"][1, 0, 3, 1, 1] = math.nan
     yield Case("NaN", args, test_dense_batch_norm.by_rerun(args, True, True)[1].nan_to_num(0), nan=True)
+
+
+@cases
+def batch_norm_conv2d() -> Iterator[Case]:
+    shapes = [(row.id, row.values[0]) for row in test_batch_norm_conv2d.SHAPES]
+    for name, shape in [*shapes, ("P=0", ((0, 2, 3, 5, 6), *shapes[0][1][1:])), ("large", LARGE_CONVOLUTION)]:
+        for k, residual in enumerate((None, "dense", "channel")):
+            dtype, relu, training = (torch.float32, torch.bfloat16)[k % 2], k != 1, k != 2
+            args, sizes = test_batch_norm_conv2d.inputs(shape, 0.1, dtype), shape[0]
+            if residual == "channel":
+                args["residual"] = normal(sizes[0], sizes[1], *sizes[3:], seed=6)
+                args["residual_channel"] = integers([sizes[0]], sizes[2], seed=7)
+            elif residual is not None:
+                args["residual"] = normal(*sizes, seed=6).to(dtype)
+            bound = 2 * test_batch_norm_conv2d.by_rerun(args, relu, training, HALF)[1] if sizes[0] else 0.0
+            args |= {"relu": relu, "training": training}
+            yield Case(f"{name}, residual={residual}", args, bound, dtype, name == "large")
 
 
 @cases
