@@ -163,6 +163,8 @@ def _run_norm(run: Block, parts: _Norm) -> Carrier | None:
             y=y.images if y is not None else None, gap=gap.images if gap is not None else None, **after,
         )  # fmt: skip
         return Dense(out)
+    if isinstance(d, Dense) and all(isinstance(c, Dense) for c in (*affine, *([] if extra is Zero else [extra]))):
+        return _run_moving_affine(run, parts, (zc, v, y, gap), training, eps)
     if extra is not Zero:
         return None
     after |= {"y": y.planes if y is not None else None, "gap": gap.planes if gap is not None else None}
@@ -187,6 +189,37 @@ def _run_norm(run: Block, parts: _Norm) -> Carrier | None:
     else:
         return None
     return OneChannel(tuple(run.exact(parts.out).shape), 1, channel, out)
+
+
+def _run_moving_affine(
+    run: Block, parts: _Norm, saved: tuple[Layouts, Tensor, Layouts | None, Layouts | None], training: bool, eps: float
+) -> Carrier:
+    """Everything moves, as with random directions: (gamma + dgamma) d(hat) + dgamma hat + dbeta, one p at a time.
+
+    The kernel takes a weight for all perturbations; the last two terms are a residual difference to it.
+    """
+    x, gamma, beta = parts.norm.args[:3]
+    zc, v, y, gap = saved
+    d, extra = run.raw(x), run.raw(parts.residual)
+    dgamma, dbeta = run.raw(gamma), run.raw(beta)
+    hat = run.saved(parts.norm, "hat", lambda: zc.images * (1 / (v + eps).sqrt()).to(run.dtype).reshape(1, -1, 1, 1))
+    out = []
+    for p in range(run.count):
+        weight, shift = run.exact(gamma), torch.zeros((), dtype=run.dtype, device=hat.device)
+        if dgamma is not Zero:
+            weight = weight + dgamma.values[p]
+            shift = hat * dgamma.values[p].reshape(-1, 1, 1)
+        if dbeta is not Zero:
+            shift = shift + dbeta.values[p].reshape(-1, 1, 1)
+        if extra is not Zero:
+            shift = shift + extra.values[p]
+        moved = dzkernels.dense_batch_norm(
+            d.values[p : p + 1], zc.images, v, weight, eps=eps, training=training, out_dtype=run.operands,
+            residual=shift.expand(hat.shape).unsqueeze(0), y=y.images if y is not None else None,
+            gap=gap.images if gap is not None else None, relu=parts.relu is not None, pool=parts.pool,
+        )  # fmt: skip
+        out.append(moved.movedim(2, -1))
+    return Dense(torch.cat(out).movedim(-1, 2))
 
 
 def _statistics(norm: fx.Node) -> tuple[bool, float, Any, Any]:

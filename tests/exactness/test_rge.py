@@ -45,6 +45,24 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3))
 
 
+def images() -> nn.Module:
+    """A norm with a moving weight and bias, alone and with ReLU, pooling and a moving residual."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.norm(self.conv(x)) + x)
+
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)), stem, Residual(), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(27, 3)
+    )
+
+
 class Linear(nn.Module):
     """A loss that is linear in the weights, s . w: a forward difference is the slope at every step."""
 
@@ -82,10 +100,10 @@ def rows_of(estimator: WideRGE, sizes: list[int], monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("mu", [1e-1, 5e-3, 1e-4])
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_slopes_are_float64_loss_differences(distribution, scheme, mu, monkeypatch):
+@pytest.mark.parametrize(("distribution", "pictures"), [*((name, False) for name in DISTRIBUTIONS), ("gaussian", True)])
+def test_slopes_are_float64_loss_differences(distribution, pictures, scheme, mu, monkeypatch):
     """Every weight moves at once, through dropout and batch statistics; the reference runs the model itself."""
-    model, data = network(), batch()
+    model, data = (images(), batch(64)) if pictures else (network(), batch())
     estimator = WideRGE(
         model, cross_entropy, queries=6, distribution=distribution, scheme=scheme, mu=mu, seed=3, strict=True
     )

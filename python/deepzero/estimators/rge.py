@@ -112,10 +112,13 @@ class RGE(EngineEstimator):
         moved = {}
         for (name, where), part in zip(selected.items(), parts, strict=True):
             shape = self.model.get_parameter(name).shape
-            values = torch.zeros((len(u), *shape), dtype=self.engine.dtype, device=u.device)
+            steps = (step * part).to(self.engine.dtype)
+            if len(where) == shape.numel():  # every coordinate, in order
+                moved[name] = steps.reshape(len(u), *shape)
+                continue
+            moved[name] = torch.zeros((len(u), *shape), dtype=self.engine.dtype, device=u.device)
             at: Any = (slice(None), *where.unbind(1))
-            values[at] = (step * part).to(self.engine.dtype)
-            moved[name] = values
+            moved[name][at] = steps
         if ready.whole is not None:
             whole = ready.whole
             losses = []
