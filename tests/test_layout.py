@@ -47,6 +47,12 @@ def test_triton_and_cuda_files_are_ops() -> None:
     assert stems(PACKAGE / "cuda", ".py") == cuda <= set(dzkernels.OPS)
 
 
+def test_the_page_on_gpus_lists_the_kernels() -> None:
+    table = re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|(.*)\|$", (ROOT / "docs" / "gpu.md").read_text(), re.M)
+    listed = {op: ["yes" in cell for cell in cells] for op, *cells in table}
+    assert listed == {op: [has_kernel(backend, op) for backend in ("cpu", "triton", "cuda")] for op in dzkernels.OPS}
+
+
 def test_the_native_list_names_the_same_ops() -> None:
     header = (ROOT / "csrc" / "cpu" / "ops.h").read_text()
     assert set(re.findall(r"^ *OP\((\w+),", header, re.M)) == set(NATIVE)
