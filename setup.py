@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent
 OPS = (
     "conv2d_tap",
     "channel_conv2d",
+    "dense_conv2d",
     "channel_batch_norm",
     "dense_batch_norm",
     "channel_linear_cross_entropy",

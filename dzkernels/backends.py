@@ -83,6 +83,7 @@ _REFUSALS: dict[str, Callable[[torch.device | None, torch.dtype | None], str | N
 
 # What kernels take beyond float32.
 _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
+    ("cpu", "dense_conv2d"): (torch.bfloat16,),
     ("cpu", "dense_batch_norm"): (torch.bfloat16,),
     ("cpu", "batch_norm_conv2d"): (torch.bfloat16,),
     ("cpu", "gelu_difference"): (torch.bfloat16,),

@@ -17,6 +17,7 @@ from . import backends
 OPS = (
     "conv2d_tap",
     "channel_conv2d",
+    "dense_conv2d",
     "channel_batch_norm",
     "dense_batch_norm",
     "batch_norm_conv2d",
@@ -140,6 +141,52 @@ def channel_conv2d(
         op, delta, delta, channel, weight, stride=stride, padding=padding, dilation=dilation, groups=groups,
         out_dtype=out_dtype,
     )  # fmt: skip
+
+
+def dense_conv2d(
+    delta: Tensor,
+    weight: Tensor,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A difference through a conv2d.
+
+    out[p, n, o, u, v] = sum_cij pad(delta)[p, n, g * Cg + c, u * sh + i * dh - ph, v * sw + j * dw - pw]
+                         * weight[o, c, i, j]    with g = o // (O / groups)
+
+    delta    [P, N, groups * Cg, H, W]  fastest as a view of contiguous [P, N, H, W, C] memory (channels last)
+    weight   [O, Cg, kh, kw]            of the convolution, dtype of delta
+    result   [P, N, O, Ho, Wo]          a view of contiguous [P, N, Ho, Wo, O] memory, dtype of delta
+
+    Exactness: a sum of Cg * kh * kw products per output in any order, accumulated in float32 for bfloat16. A 3x3 kernel
+    with stride 1 may be done in tiles (Winograd's F(4x4, 3x3), Lavin and Gray, CVPR 2016): a few times the
+    rounding error of the plain sum, and a NaN or infinity spreads over its tile.
+    Cost: 2 * Cg * kh * kw operations per output, a quarter of them products in tiles.
+    """
+    op = "dense_conv2d"
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    check.of_shape(op, "delta", delta, (None, None, None, None, None), "[P, N, C, H, W]")
+    check.of_dtype(op, "weight", weight, (delta.dtype,))
+    check.of_shape(op, "weight", weight, (None, None, None, None), "[O, Cg, kh, kw]")
+    check.same_device(op, "weight", weight, "delta", delta)
+    stride = check.pair(op, "stride", stride, 1)
+    padding = check.pair(op, "padding", padding, 0)
+    dilation = check.pair(op, "dilation", dilation, 1)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"dz::{op}: groups must divide the {weight.shape[0]} rows of weight, got {groups}")
+    if delta.shape[2] != groups * weight.shape[1]:
+        raise ValueError(
+            f"dz::{op}: delta must have groups * Cg = {groups * weight.shape[1]} channels, got {delta.shape[2]}"
+        )
+    kernel = (weight.shape[2], weight.shape[3])
+    rows, columns = check.output_size(op, delta.shape[3], delta.shape[4], kernel, stride, padding, dilation)
+    if delta.shape[0] * delta.shape[1] == 0:
+        empty = delta.new_empty(*delta.shape[:2], rows, columns, weight.shape[0])
+        return empty.permute(0, 1, 4, 2, 3)
+    return backends.run(op, delta, delta, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
 def channel_batch_norm(

@@ -25,6 +25,11 @@
                       int64_t kh, int64_t kw, int64_t wo, int64_t wc, int64_t wh, int64_t ww,                          \
                       int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,                                \
                       int64_t dil_h, int64_t dil_w, int64_t in_per_group, int64_t out_per_group, bool half))           \
+  OP(dense_conv2d, (const float* delta,    /* [images, H, W, C]                                                    */  \
+                    const float* weight,   /* [O, C, 3, 3]                                                         */  \
+                    float* out,            /* [images, Ho, Wo, O]                                                  */  \
+                    int64_t images, int64_t H, int64_t W, int64_t C, int64_t Ho, int64_t Wo, int64_t O,                \
+                    int64_t pad_h, int64_t pad_w))                                                                     \
   OP(channel_batch_norm, (const float* delta, /* [P, N, H, W]                                                      */  \
                           const int64_t* channel, /* [P]                                                           */  \
                           const float* x,  /* [N, C, H, W] with strides xn, xc, xh, xw                             */  \

@@ -211,6 +211,30 @@ void test_channel_conv2d(const Geometry& g, bool channels_last) {
   }
 }
 
+void test_dense_conv2d(int64_t images, int64_t H, int64_t W, int64_t C, int64_t O, int64_t ph, int64_t pw) {
+  const int64_t Ho = H + 2 * ph - 2, Wo = W + 2 * pw - 2;
+  const Floats delta = normals(images * H * W * C, 1), weight = normals(O * C * 9, 1);
+  Floats wanted;
+  for (int64_t n = 0; n < images; ++n) {
+    for (int64_t pixel = 0; pixel < Ho * Wo; ++pixel) {
+      for (int64_t o = 0; o < O; ++o) {
+        double sum = 0;
+        for (int64_t t = 0; t < 9; ++t) {
+          const int64_t h = pixel / Wo + t / 3 - ph, w = pixel % Wo + t % 3 - pw;
+          if (h < 0 || h >= H || w < 0 || w >= W) continue;
+          for (int64_t c = 0; c < C; ++c) {
+            sum += static_cast<double>(delta[((n * H + h) * W + w) * C + c]) * weight[(o * C + c) * 9 + t];
+          }
+        }
+        wanted.push_back(static_cast<float>(sum));
+      }
+    }
+  }
+  Floats out = poisoned(static_cast<int64_t>(wanted.size()));
+  dz::kernels().dense_conv2d(delta.data(), weight.data(), out.data(), images, H, W, C, Ho, Wo, O, ph, pw);
+  compare("dense_conv2d " + dz::isa(), out, wanted, 1e-6 * static_cast<double>(C + 20));
+}
+
 void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t W, float scale, bool channels_last,
                              bool relu) {
   const int64_t M = N * H * W;
@@ -581,6 +605,7 @@ int main() {
       test_channel_batch_norm(draw(0, 5), draw(2, 4), draw(1, 3), draw(1, 7), draw(2, 9), round % 3 == 0 ? 1e-3f : 1.0f,
                               round % 2 != 0, round % 4 < 2);
       const int64_t height = draw(2, 7), width = draw(2, 9);
+      test_dense_conv2d(draw(0, 9), height, width, draw(1, 40), draw(1, 70), draw(1, 2), draw(1, 2));
       test_dense_batch_norm(draw(0, 5), draw(2, 4), draw(1, 40), height, width,
                             draw(1, lesser(3, lesser(height, width))), round % 4, round % 5 != 0, round % 2 == 0,
                             round % 3 == 0);

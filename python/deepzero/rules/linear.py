@@ -216,6 +216,12 @@ class _Geometry:
             )
         return _CONV[self.nd](images, weight, None, self.stride, self.padding, self.dilation, groups)
 
+    def dense(self, images: Tensor, weight: Tensor) -> Tensor:
+        """Images [P, N, C, *spatial] of P perturbations."""
+        if self.nd == 2 and not self.transposed:
+            return dzkernels.dense_conv2d(images, weight, **self.spacing)
+        return self(images.flatten(0, 1), weight, self.groups).unflatten(0, images.shape[:2])
+
     def has_kernels(self, dtype: torch.dtype) -> bool:
         """Whether dzkernels' one-channel convolutions are made for it."""
         return self.nd == 2 and not self.transposed and dtype is torch.float32
@@ -237,9 +243,7 @@ def convolution(run: Block, node: Any) -> Carrier:
         if isinstance(dx, OneChannel) and dx.dim == 1:
             total = _one_channel_in(run, conv, dx, run.low(w), shape)
         else:
-            values = dense(dx)
-            out = run.product(lambda a, k: conv(a, k, conv.groups), values.flatten(0, 1), run.low(w))
-            total = Dense(out.unflatten(0, values.shape[:2]))
+            total = Dense(run.product(conv.dense, dense(dx), run.low(w)))
     if dw is not Zero:
         total = carriers.add(total, _kernel_moves(run, conv, x, dw, shape))
     return carriers.add(total, _bias(run, node, bias, 1)) if bias is not None else total

@@ -1,0 +1,171 @@
+"""dense_conv2d is torch's convolution, in tiles where that is faster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dzkernels
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, small_ints, strided
+
+# N, C, H, W, O, kernel, stride, padding, dilation, groups
+SHAPES = [
+    pytest.param((2, 16, 8, 8, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="16 channels"),
+    pytest.param((3, 18, 9, 14, 18, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="18 channels, tiles over the edge"),
+    pytest.param((1, 8, 5, 7, 70, (3, 3), (1, 1), (0, 0), (1, 1), 1), id="70 outputs, no padding"),
+    pytest.param((2, 37, 4, 3, 8, (3, 3), (1, 1), (1, 3), (1, 1), 1), id="37 channels, wide padding"),
+    pytest.param((60, 9, 4, 4, 33, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="chunks across perturbations"),
+    pytest.param((1, 16, 36, 33, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="an image of several chunks"),
+    pytest.param((1, 1, 5, 7, 1, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="one image, one channel"),
+    pytest.param((2, 16, 8, 8, 32, (3, 3), (2, 2), (1, 1), (1, 1), 1), id="stride 2"),
+    pytest.param((2, 8, 11, 10, 16, (3, 2), (3, 2), (1, 0), (1, 1), 2), id="stride 3, groups"),
+    pytest.param((1, 16, 9, 8, 16, (3, 3), (1, 1), (2, 2), (2, 2), 1), id="dilation"),
+    pytest.param((2, 4, 1, 1, 10, (1, 1), (1, 1), (0, 0), (1, 1), 1), id="one pixel"),
+]
+
+
+def geometry(shape: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(("stride", "padding", "dilation", "groups"), shape[6:], strict=True))
+
+
+def operands(shape: tuple[Any, ...], make: Any, count: int = 3) -> tuple[Tensor, Tensor]:
+    samples, channels, height, width, outs, kernel, *_, groups = shape
+    return make(count, samples, channels, height, width, seed=1), make(outs, channels // groups, *kernel, seed=2)
+
+
+def by_torch(delta: Tensor, weight: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    out = F.conv2d(delta.flatten(0, 1).double(), weight.double(), None, *shape[6:])
+    return out.unflatten(0, delta.shape[:2])
+
+
+A, B = 0.75, 1.5
+TRANSFORMS = {  # F(4, 3) at 0, +-A, +-B and infinity: of the inputs, the weights and the products
+    "inputs": [
+        [A**2 * B**2, 0, -(A**2) - B**2, 0, 1, 0],
+        *[[0, -s * p * q**2, -(q**2), s * p, 1, 0] for p, q in ((A, B), (B, A)) for s in (1, -1)],
+        [0, A**2 * B**2, 0, -(A**2) - B**2, 0, 1],
+    ],
+    "weights": [
+        [1 / (A * B) ** 2, 0, 0],
+        *[[x / (2 * p**2 * (p**2 - q**2)) for x in (1, s * p, p**2)] for p, q in ((A, B), (B, A)) for s in (1, -1)],
+        [0, 0, 1],
+    ],
+    "products": [[1, 1, 1, 1, 1, 0], *[[0, A**k, (-A) ** k, B**k, (-B) ** k, float(k == 3)] for k in (1, 2, 3)]],
+}
+
+
+def in_tiles(delta: Tensor, weight: Tensor, shape: tuple[Any, ...], magnitudes: bool) -> Tensor:
+    """The convolution by 6x6 tiles in float64; with ``magnitudes`` nothing cancels: what rounding errors scale with."""
+    inputs, weights, products = (torch.tensor(m, dtype=torch.float64) for m in TRANSFORMS.values())
+    if magnitudes:
+        delta, weight, inputs, weights, products = (t.abs() for t in (delta, weight, inputs, weights, products))
+    _, _, height, width, _, _, _, (pad_h, pad_w), *_ = shape
+    rows, columns = height + 2 * pad_h - 2, width + 2 * pad_w - 2
+    images = F.pad(delta.flatten(0, 1).double(), (pad_w, pad_w + 4, pad_h, pad_h + 4))
+    patches = images.unfold(2, 6, 4).unfold(3, 6, 4)  # [I, C, down, across, 6, 6]
+    moved = torch.einsum("ux,icdaxy,vy->icdauv", inputs, patches, inputs)
+    kernels = torch.einsum("ux,ocxy,vy->ocuv", weights, weight.double(), weights)
+    out = torch.einsum("xu,icdauv,ocuv,yv->iodxay", products, moved, kernels, products)
+    out = out.flatten(4, 5).flatten(2, 3)[:, :, :rows, :columns]
+    return out.unflatten(0, delta.shape[:2])
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_random_data_is_within_its_roundings(shape: tuple[Any, ...], runner: str, layout: str) -> None:
+    """Every term of the sum in tiles is a product of an input transformed twice (each 4 roundings), a weight (1
+    rounding, transformed in float64), and is summed over C channels and twice over points (5 roundings each)."""
+    delta, weight = operands(shape, normal)
+    wanted = by_torch(delta, weight, shape)
+    channels, kernel = shape[1] // shape[9], shape[5]
+    if kernel == (3, 3) and shape[6] == shape[8] == (1, 1) and shape[9] == 1:
+        bound = (channels + 20) * UNIT[torch.float32] * in_tiles(delta, weight, shape, magnitudes=True)
+    else:
+        terms = channels * kernel[0] * kernel[1]
+        bound = (terms + 1) * UNIT[torch.float32] * by_torch(delta.abs(), weight.abs(), shape)
+    if layout == "channels_last":
+        delta = delta.movedim(2, -1).contiguous().movedim(-1, 2)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        delta, weight = strided(delta), strided(weight)
+    with running(runner):
+        got = dzkernels.dense_conv2d(delta, weight, **geometry(shape))
+    assert got.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert_bounded(got, wanted, bound)
+
+
+def test_tiles_are_the_convolution() -> None:
+    """What the bound above is made of, in float64: its own check."""
+    shape = SHAPES[1].values[0]
+    delta, weight = operands(shape, normal)
+    torch.testing.assert_close(in_tiles(delta, weight, shape, magnitudes=False), by_torch(delta, weight, shape))
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_plain_sums(shape: tuple[Any, ...], dtype: torch.dtype, runner: str) -> None:
+    """Exact on small integers, but for the one rounding of a bfloat16 result."""
+    delta, weight = operands(shape, small_ints)
+    wanted = by_torch(delta, weight, shape)
+    with running("reference" if dtype is torch.float64 else runner):
+        got = dzkernels.dense_conv2d(delta.to(dtype), weight.to(dtype), **geometry(shape))
+    assert got.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert_exact(got, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_no_perturbation(runner: str) -> None:
+    with running(runner):
+        got = dzkernels.dense_conv2d(torch.ones(0, 2, 16, 5, 5), torch.ones(20, 16, 3, 3))
+    assert got.shape == (0, 2, 20, 3, 3)
+
+
+@pytest.mark.parametrize("runner", [runner for runner in RUNNERS if runner != "reference"])
+def test_threads_and_company_do_not_matter(runner: str) -> None:
+    """An image's result depends neither on the number of threads nor on the images in its chunk."""
+    delta, weight = normal(5, 7, 18, 9, 9, seed=1), normal(20, 18, 3, 3, seed=2)
+    with running(runner):
+        wanted = dzkernels.dense_conv2d(delta, weight, padding=1)
+        torch.set_num_threads(3)
+        assert_exact(dzkernels.dense_conv2d(delta, weight, padding=1), wanted)
+        assert_exact(dzkernels.dense_conv2d(delta[3:4, 2:5], weight, padding=1), wanted[3:4, 2:5])
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_nan_stays_in_its_image(runner: str) -> None:
+    delta = torch.zeros(1, 3, 16, 8, 8)
+    delta[0, 1, 3, 0, 0] = float("nan")
+    with running(runner):
+        got = dzkernels.dense_conv2d(delta, torch.ones(16, 16, 3, 3), padding=1)
+    assert got[0, 1, :, :2, :2].isnan().all()
+    assert_exact(got[0, ::2], torch.zeros(2, 16, 8, 8))
+
+
+GOOD: dict[str, Any] = {"delta": torch.zeros(3, 2, 4, 5, 5), "weight": torch.zeros(6, 2, 3, 3), "groups": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"delta": None}, TypeError, r"dz::dense_conv2d: delta must be a tensor, got NoneType"),
+        ({"delta": torch.zeros(3, 5, 5)}, ValueError, r"delta must be of shape \[P, N, C, H, W\], got \[3, 5, 5\]"),
+        ({"delta": torch.zeros(3, 2, 5, 5, 5)}, ValueError, r"delta must have groups \* Cg = 4 channels, got 5"),
+        ({"weight": torch.zeros(6, 2, 3, 3).double()}, TypeError, r"weight must be float32, got float64"),
+        ({"weight": torch.zeros(6, 2, 3)}, ValueError, r"weight must be of shape \[O, Cg, kh, kw\], got \[6, 2, 3\]"),
+        ({"weight": torch.zeros(6, 2, 3, 3, device="meta")}, ValueError, r"weight must be on cpu like delta, got meta"),
+        ({"stride": (1, 0)}, ValueError, r"stride must be one or two integers of at least 1, got \(1, 0\)"),
+        ({"padding": -1}, ValueError, r"padding must be one or two integers of at least 0, got -1"),
+        ({"dilation": 0}, ValueError, r"dilation must be one or two integers of at least 1, got 0"),
+        ({"groups": 4}, ValueError, r"groups must divide the 6 rows of weight, got 4"),
+        ({"dilation": 3}, ValueError, r"kernel must be at most the padded input \[5, 5\], got \[3, 3\] with dilation"),
+    ],
+)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dzkernels.dense_conv2d(**{**GOOD, **change})
