@@ -31,13 +31,15 @@ class Kernel:
     """One op on one shape.
 
     make   builds positional and keyword arguments
-    flops  of products in one call; 0 for an op that only moves and combines values
+    flops  of products in one call, done plainly; 0 for an op that only moves and combines values
+    torch  the same by torch, in the layout where it is fastest
     """
 
     op: str
     case: str
     make: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     flops: float = 0.0
+    torch: bool = False
 
 
 def _images(*shape: int) -> Tensor:
@@ -62,6 +64,10 @@ def _tap(p: int, n: int, c: int, size: int) -> Any:
 def _channel_conv(p: int, n: int, c: int, size: int) -> Any:
     delta = torch.randn(p, n, size, size)
     return (delta, _channels(p, c), torch.randn(c, c, 3, 3)), {"padding": 1}
+
+
+def _dense_conv(p: int, n: int, c: int, size: int, dtype: torch.dtype) -> Any:
+    return (_images(p, n, c, size, size).to(dtype), _images(c, c, 3, 3).to(dtype)), {"padding": 1}
 
 
 def _channel_norm(p: int, n: int, c: int, size: int) -> Any:
@@ -111,6 +117,18 @@ KERNELS = (
     Kernel("channel_conv2d", "W1 layer 2, P 16", lambda: _channel_conv(16, 128, 18, 16), _products(16, 128, 18, 16)),
     Kernel("channel_conv2d", "W2 stage 1, P 8", lambda: _channel_conv(8, 32, 16, 32), _products(8, 32, 16, 32)),
     Kernel("channel_conv2d", "W2 stage 3, P 64", lambda: _channel_conv(64, 32, 64, 8), _products(64, 32, 64, 8)),
+    *(
+        Kernel(
+            "dense_conv2d",
+            f"{c} channels {size}x{size}, {str(dtype).removeprefix('torch.')}{', by torch' * by_torch}",
+            lambda p=p, n=n, c=c, size=size, dtype=dtype: _dense_conv(p, n, c, size, dtype),  # type: ignore[misc]
+            c * _products(p, n, c, size),
+            by_torch,
+        )
+        for p, n, c, size in ((2, 32, 16, 32), (4, 128, 18, 8), (4, 32, 32, 16), (8, 32, 64, 8))
+        for dtype in (torch.float32, torch.bfloat16)
+        for by_torch in (False, True)
+    ),
     Kernel("channel_batch_norm", "W1 first layer, P 16, relu", lambda: _channel_norm(16, 128, 18, 32)),
     Kernel("channel_batch_norm", "W2 stage 2, P 32, relu", lambda: _channel_norm(32, 32, 32, 16)),
     Kernel("dense_batch_norm", "W2 stage 1, P 4, residual, relu", lambda: _dense_norm(4, 32, 16, 32)),
@@ -135,7 +153,8 @@ def measure(kernel: Kernel, tops: dict[str, float]) -> dict[str, str]:
     function = getattr(dzkernels, kernel.op)
     arguments, options = kernel.make()
     moved = traffic((arguments, options), function(*arguments, **options))
-    calls = machine.rate(lambda: function(*arguments, **options), 1.0)
+    with dzkernels.use_backend("reference" if kernel.torch else None):
+        calls = machine.rate(lambda: function(*arguments, **options), 1.0)
     flops, bandwidth = kernel.flops * calls, moved * calls
     return {
         "op": kernel.op,
