@@ -9,7 +9,7 @@ from .ablate import Study
 
 _BACKPROP = ("estimator.name=backprop", "estimator.options={}")
 _SMALL = ("model.name=paper-cnn", "model.options={depth=2, width=8}")  # 786 weights on grey images: the loop can follow
-_MUS = ("5e-3", "5e-4", "5e-5", "5e-6", "5e-7")  # as in the authors' reply to the reviewers
+_MUS = ("5e-3", "5e-4", "5e-5", "5e-6", "1e-6", "5e-7", "2e-7")
 _FRACTIONS = ("0", "0.5", "0.8", "0.9", "0.95", "0.99")
 _CGE = ("estimator.name=cge", "estimator.options={mu=5e-3}")
 _HYPERPARAMETERS = (
@@ -39,8 +39,11 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "always on": ('sparsity.always_on=["norm", "bias"]',),
     "masked momentum": ("sparsity.momentum=masked",),
     "cost-aware": ("sparsity.policy=cost-aware",),
+    "stale buffer": ("estimator.name=stale",),
 }
 """Mask policy -> its overrides."""
+
+_ZEROTH_ONLY = ("cost-aware", "stale buffer")  # backpropagation has no cost of a coordinate and keeps no quotients
 
 
 def protocol(policies: Sequence[str]) -> Study:
@@ -53,7 +56,7 @@ def protocol(policies: Sequence[str]) -> Study:
     }
     for name in policies:
         cells[f"{name}: zeroth order"] = (*_CGE, *POLICIES[name])
-        if name != "cost-aware":  # backpropagation has no cost of a coordinate
+        if name not in _ZEROTH_ONLY:
             cells[f"{name}: first order"] = (*_BACKPROP, *POLICIES[name])
     return Study("The protocol of DeepZero, 90 % sparsity", cells, _HYPERPARAMETERS)
 
@@ -83,6 +86,19 @@ def equal_queries(coordinates: int, counts: Sequence[int], *, rate: float = 0.1,
     return Study("Random directions and coordinates at equal queries", cells, (*settings, *momentum))
 
 
+def _estimator(name: str, options: str, sparsity: float, rate: float) -> tuple[str, ...]:
+    return (
+        f"estimator.name={name}",
+        f"estimator.options={{{options}}}",
+        f"sparsity.fraction={sparsity}",
+        f"optimizer.options={{lr={rate}, momentum=0.9, weight_decay=5e-4}}",
+    )
+
+
+_Q, _D = 79, 786
+_SPARSE_RATE, _RANDOM_RATE = (round(0.1 * factor, 4) for factor in (math.sqrt(_D / _Q), math.sqrt(_Q / (_Q + _D))))
+"""Learning rates that make steps as long as those of the gradient at 0.1, see :func:`equal_queries`."""
+
 STUDIES: dict[str, Study] = {
     "mu": Study(
         "The step mu: propagated differences and the plain float32 loop",
@@ -106,6 +122,23 @@ STUDIES: dict[str, Study] = {
         "Mask policies, 90 % sparsity",
         {name: (*_CGE, *overrides) for name, overrides in POLICIES.items()},
         ("sparsity.fraction=0.9",),
+    ),
+    "estimator": Study(
+        "Estimators with 79 queries a step besides the base loss, for 786 weights; central ones take twice as many",
+        {
+            "CGE, forward": _estimator("cge", "mu=5e-3", 0.9, _SPARSE_RATE),
+            "CGE, central": _estimator("cge", 'mu=5e-3, scheme="central"', 0.9, _SPARSE_RATE),
+            "CGE with a stale buffer": _estimator("stale", "mu=5e-3", 0.9, 0.1),
+            **{
+                f"RGE, {kind}": _estimator("rge", f'queries={_Q}, mu=5e-3, distribution="{kind}"', 0, _RANDOM_RATE)
+                for kind in ("gaussian", "sphere", "rademacher", "orthogonal")
+            },
+            "RGE, central": _estimator("rge", f'queries={_Q}, mu=5e-3, scheme="central"', 0, _RANDOM_RATE),
+            "hybrid: CGE on 42 biases, RGE": _estimator("hybrid", f"queries={_Q - 42}, mu=5e-3", 0, _RANDOM_RATE),
+            "forward gradient": _estimator("forward-gradient", f"queries={_Q}", 0, _RANDOM_RATE),
+            "backpropagation, masks of CGE": _estimator("backprop", "", 0.9, _SPARSE_RATE),
+        },
+        (*_SMALL, "epochs=15"),
     ),
     "protocol": protocol([*POLICIES]),
 }
