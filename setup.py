@@ -38,13 +38,15 @@ OPS = (
     "layer_norm_difference",
     "softmax_difference",
     "attention_difference",
+    "mlp_difference",
 )
 LEVEL_SOURCES = ("table", *OPS)  # in csrc/cpu, compiled once per instruction set level
 PLAIN_SOURCES = ("module", "cpu/dispatch")
 CUDA_SOURCES = ("cuda/library",)  # includes every <op>.cuh
 
 DEFAULT_ARCHS = "80;90"
-X86_LEVELS = {"base": "", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4 -mprefer-vector-width=512"}
+_V4 = "-march=x86-64-v4 -mprefer-vector-width=512"
+X86_LEVELS = {"base": "", "v3": "-march=x86-64-v3", "v4": _V4, "amx": f"{_V4} -mavx512bf16 -mamx-tile -mamx-bf16"}
 WARNINGS = "-Wall -Wextra -Wno-psabi"  # psabi: vectors wider than a register are only passed to inlined functions
 
 

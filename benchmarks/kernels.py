@@ -107,6 +107,11 @@ def _attention(p: int, b: int, t: int, d: int) -> Any:
     return (*moved, q, k, v, (q @ k.mT * d**-0.5).softmax(-1)), {"scale": d**-0.5}
 
 
+def _mlp(p: int, r: int, m: int, h: int) -> Any:
+    delta, _ = _rows(p, r, m)
+    return (delta, torch.randn(h, m) / m**0.5, torch.randn(r, h), torch.randn(m, h) / h**0.5), {}
+
+
 def _products(p: int, n: int, c: int, size: int) -> float:
     return 2.0 * 9 * p * n * c * size**2
 
@@ -137,6 +142,7 @@ KERNELS = (
     Kernel("cross_entropy_difference", "W3 head, P 4096", lambda: _cross_entropy(4096, 64, 10)),
     Kernel("gelu_difference", "W4, P 4", lambda: (_rows(4, 1024, 384), {})),
     Kernel("layer_norm_difference", "W4, P 16", lambda: _layer_norm(16, 1024, 96)),
+    Kernel("mlp_difference", "W4, P 8", lambda: _mlp(8, 1024, 96, 384), 4.0 * 8 * 1024 * 96 * 384),
     Kernel("softmax_difference", "W4 attention, P 4", lambda: _softmax(4, 16 * 3 * 64, 64)),
     Kernel("attention_difference", "W4, P 4", lambda: _attention(4, 16 * 3, 64, 32), 8.0 * 4 * 48 * 64**2 * 32),
 )

@@ -16,6 +16,7 @@ from .ops import (
     dense_conv2d,
     gelu_difference,
     layer_norm_difference,
+    mlp_difference,
     softmax_difference,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "gelu_difference",
     "keep_freed_memory",
     "layer_norm_difference",
+    "mlp_difference",
     "softmax_difference",
     "use_backend",
     "use_isa",

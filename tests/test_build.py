@@ -87,7 +87,12 @@ def test_newer_gpus_get_the_last_arch_as_ptx() -> None:
 
 @pytest.mark.parametrize(
     ("machine", "levels"),
-    [("x86_64", ["base", "v3", "v4"]), ("AMD64", ["base", "v3", "v4"]), ("aarch64", ["base"]), ("ppc64le", ["base"])],
+    [
+        ("x86_64", ["base", "v3", "v4", "amx"]),
+        ("AMD64", ["base", "v3", "v4", "amx"]),
+        ("aarch64", ["base"]),
+        ("ppc64le", ["base"]),
+    ],
 )
 def test_isa_levels(machine: str, levels: list[str]) -> None:
     assert list(build.isa_levels(machine)) == levels
@@ -112,9 +117,9 @@ def test_finding_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_summary_is_one_line() -> None:
     levels = build.isa_levels("x86_64")
     without = build.summary(levels, build.decide_cuda({"DZ_CUDA": "0"}, None))
-    assert without == "deepzero: CPU kernels for base, v3, v4; no CUDA kernels (DZ_CUDA=0)"
+    assert without == "deepzero: CPU kernels for base, v3, v4, amx; no CUDA kernels (DZ_CUDA=0)"
     with_cuda = build.summary(levels, build.decide_cuda({}, NVCC))
-    assert with_cuda == "deepzero: CPU kernels for base, v3, v4; CUDA kernels for sm_80, sm_90"
+    assert with_cuda == "deepzero: CPU kernels for base, v3, v4, amx; CUDA kernels for sm_80, sm_90"
 
 
 def test_build_config_survives_quotes() -> None:

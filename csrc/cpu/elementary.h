@@ -97,6 +97,16 @@ DZ_INLINE void with_types(const void* delta, bool half, void* out, bool out_half
 
 DZ_INLINE Vec absolute(Vec v) { return reinterpret_cast<Vec>(reinterpret_cast<Mask>(v) & 0x7fffffff); }
 
+#if defined(__AVX512F__)
+DZ_INLINE bool any(Mask m) {
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(m), reinterpret_cast<__m512i>(m)) != 0;
+}
+#elif defined(__AVX2__)
+DZ_INLINE bool any(Mask m) { return _mm256_movemask_ps(reinterpret_cast<__m256>(m)) != 0; }
+#else
+DZ_INLINE bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+#endif
+
 // The first operand where it is NaN.
 DZ_INLINE Vec at_least(Vec v, Vec bound) { return v < bound ? bound : v; }
 DZ_INLINE Vec at_most(Vec v, Vec bound) { return v > bound ? bound : v; }

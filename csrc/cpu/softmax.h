@@ -25,16 +25,6 @@ DZ_INLINE Vec counted(Vec d, Vec p) { return p == 0.0f ? Vec{} : d; }
 // exp(d) - 1, infinite past kLargest.
 DZ_INLINE Vec growth(Vec d) { return d > kLargest ? Vec{} + HUGE_VALF : expm1_vec(d); }
 
-#if defined(__AVX512F__)
-DZ_INLINE bool any(Mask m) {
-  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(m), reinterpret_cast<__m512i>(m)) != 0;
-}
-#elif defined(__AVX2__)
-DZ_INLINE bool any(Mask m) { return _mm256_movemask_ps(reinterpret_cast<__m256>(m)) != 0; }
-#else
-DZ_INLINE bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
-#endif
-
 // One run. kNear: every |d| is at most kSmall, which gives the same bits in less time.
 template <bool kKeep, bool kNear>
 DZ_INLINE Vec sum_of_run(const float* d, const float* p, float* change, int64_t count) {

@@ -281,8 +281,67 @@ def _run_head(run: Block, layer: fx.Node, loss: fx.Node) -> Carrier | None:
     return Dense(dzkernels.channel_linear_cross_entropy(d.values, d.channel, run.low(layer.args[1]), log_p, label))
 
 
+# --- a transformer's feed-forward layer: linear + GELU + linear (+ residual)
+
+_CACHED = 1 << 18
+"""Most weights of a layer that the kernel runs through for every few rows: more than a cache holds and it is slow."""
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    up: fx.Node
+    gelu: fx.Node
+    down: fx.Node
+    residual: fx.Node | None
+
+
+def _mlp_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
+    if node.target is not aten.linear.default:
+        return None
+    gelu = _only_user(node, inside)
+    if gelu is None or gelu.target is not aten.gelu.default:
+        return None
+    down = _only_user(gelu, inside)
+    if down is None or down.target is not aten.linear.default or down.args[0] is not gelu:
+        return None
+    weights = sum(layer.args[1].meta["val"].numel() for layer in (node, down))  # type: ignore[union-attr]
+    if weights > _CACHED:
+        return None
+    nodes: tuple[fx.Node, ...] = (node, gelu, down)
+    residual = None
+    user = _only_user(down, inside)
+    if user is not None and user.target is aten.add.Tensor and not user.kwargs:
+        a, b = user.args
+        other = b if a is down else a
+        if isinstance(other, fx.Node) and other is not down and _same_shape(other, down):
+            nodes, residual = (*nodes, user), other
+    name = "linear+gelu+linear" + ("+residual" if residual else "")
+    parts = _Mlp(node, gelu, down, residual)
+    return nodes, name, lambda run: _run_mlp(run, parts)
+
+
+def _run_mlp(run: Block, parts: _Mlp) -> Carrier | None:
+    d, extra = run.raw(parts.up.args[0]), run.raw(parts.residual)
+    weights = [n for layer in (parts.up, parts.down) for n in layer.args[1:]]
+    if not isinstance(d, Dense) or any(run.raw(n) is not Zero for n in weights) or run.dtype is not torch.float32:
+        return None
+    added = extra.values if isinstance(extra, Dense) else None
+    if d.values.device.type != "cpu" or (added is None and extra is not Zero):
+        return None
+    z, shape = run.low(parts.up), tuple(run.exact(parts.down).shape)
+    values = d.values.to(run.operands).reshape(run.count, -1, d.values.shape[-1])
+    out = dzkernels.mlp_difference(
+        values, run.low(parts.up.args[1]), z.reshape(-1, z.shape[-1]), run.low(parts.down.args[1]),
+        None if added is None else added.reshape(run.count, -1, shape[-1]),
+        approximate=str(parts.gelu.kwargs.get("approximate", "none")),
+        out_dtype=run.operands if added is None else run.dtype,
+    )  # fmt: skip
+    return Dense(out.reshape(run.count, *shape))
+
+
 PATTERNS: list[Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]] = [
     _norm_stretch,
     _head_stretch,
+    _mlp_stretch,
 ]
 """Tried in order at every node of a suffix."""

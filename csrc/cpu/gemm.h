@@ -1,0 +1,290 @@
+// Products of small matrices whose right factor is packed once and used many times.
+#pragma once
+
+#include "elementary.h"
+
+namespace dz {
+namespace {
+
+constexpr int64_t kWidest = kLanes == 16 ? 4 : 2;  // registers of columns in a panel, at most
+
+// Numbers in a row of a panel: what leaves the widest last panel.
+DZ_INLINE int64_t panel_width(int64_t columns) {
+  const int64_t registers = ceil_div(columns, kLanes), least = kWidest - 1;
+  const bool fewer =
+      kLanes == 16 && registers % kWidest != 0 && (registers % least == 0 || registers % kWidest < registers % least);
+  return (fewer ? least : kWidest) * kLanes;
+}
+
+#if defined(__AVX512F__)
+constexpr Mask kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+constexpr Mask kLane = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+constexpr Mask kLane = {0, 1, 2, 3};
+#endif
+
+// The squares of H lanes off the diagonal change places.
+template <int H>
+DZ_INLINE void transpose(Vec (&v)[kLanes]) {
+  constexpr int lanes = kLanes;
+  const Mask low = (kLane & H) != 0 ? kLane + (lanes - H) : kLane;
+  const Mask high = (kLane & H) != 0 ? kLane + lanes : kLane + H;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & H) == 0) {
+      const Vec a = v[i], b = v[i + H];
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + H] = __builtin_shuffle(a, b, high);
+    }
+  }
+  if constexpr (2 * H < kLanes) transpose<2 * H>(v);
+}
+
+// A matrix with `depth` rows that is multiplied from the left lies in panels of panel_width(columns), the last one
+// narrower, each [depth][its columns], filled up with zeros. These two write some of its rows, beginning at `first`.
+
+// The columns are the rows of `from`, which has `rows` values each.
+template <typename T>
+void pack_turned(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t depth, int64_t first,
+                 float* to) {
+  const int64_t all = ceil_div(columns, kLanes) * kLanes, widest = panel_width(columns);
+  for (int64_t c = 0; c < all; c += kLanes) {
+    const int64_t panel = c / widest * widest, width = lesser(widest, all - panel);
+    const int64_t count = lesser(kLanes, columns - c);
+    float* out = to + panel * depth + first * width + (c - panel);
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t size = lesser(kLanes, rows - r);
+      Vec v[kLanes];
+      if (count == kLanes && size == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) v[i] = load_vec(from + (c + i) * stride + r);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) v[i] = i < count ? load_some(from + (c + i) * stride + r, size) : Vec{};
+      }
+      transpose<1>(v);
+      if (size == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(out + (r + i) * width, v[i]);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          if (i < size) store(out + (r + i) * width, v[i]);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void pack(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t depth, int64_t first, float* to) {
+  const int64_t all = ceil_div(columns, kLanes) * kLanes, widest = panel_width(columns);
+  for (int64_t c = 0; c < all; c += kLanes) {
+    const int64_t panel = c / widest * widest, width = lesser(widest, all - panel);
+    const int64_t count = lesser(kLanes, columns - c);
+    float* out = to + panel * depth + first * width + (c - panel);
+    for (int64_t r = 0; r < rows; ++r) store(out + r * width, load_some(from + r * stride + c, count));
+  }
+}
+
+// out[i, j] = sum_t left[i, t] * panel[t, j] for ROWS rows and REGISTERS registers of columns. The accumulators never
+// leave registers; the sum runs over t in order, in every tile shape alike.
+template <int ROWS, int REGISTERS, typename Out>
+DZ_INLINE void tile(const float* left, int64_t left_row, const float* panel, int64_t depth, Out* out, int64_t out_row,
+                    int64_t columns) {
+  Vec sum[ROWS][REGISTERS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < REGISTERS; ++r) sum[i][r] = Vec{};
+  }
+  for (int64_t t = 0; t < depth; ++t) {
+    Vec right[REGISTERS];
+#pragma GCC unroll 4
+    for (int r = 0; r < REGISTERS; ++r) right[r] = load<Vec>(panel + (t * REGISTERS + r) * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec value = left[i * left_row + t] - Vec{};
+#pragma GCC unroll 4
+      for (int r = 0; r < REGISTERS; ++r) sum[i][r] += value * right[r];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < REGISTERS; ++r) {
+      Out* to = out + i * out_row + r * kLanes;
+      const int64_t count = columns - r * kLanes;
+      if (count >= kLanes) {
+        store_vec(to, sum[i][r]);
+      } else if (count > 0) {
+        store_first(to, sum[i][r], count);
+      }
+    }
+  }
+}
+
+// The last tile, which may be half of one, overlaps the one before it and writes the same values again.
+template <int ROWS, int REGISTERS, typename Out>
+void panel_product(const float* left, int64_t left_row, int64_t rows, const float* panel, int64_t depth, Out* out,
+                   int64_t out_row, int64_t columns) {
+  constexpr int half = (ROWS + 1) / 2;
+  int64_t i = 0;
+  for (; i + half < rows && rows >= ROWS; i += ROWS) {
+    const int64_t at = lesser(i, rows - ROWS);
+    tile<ROWS, REGISTERS>(left + at * left_row, left_row, panel, depth, out + at * out_row, out_row, columns);
+  }
+  if (i >= rows) return;
+  if constexpr (ROWS > 1) {
+    const int64_t at = rows >= ROWS ? rows - half : 0;
+    panel_product<half, REGISTERS>(left + at * left_row, left_row, rows - at, panel, depth, out + at * out_row, out_row,
+                                   columns);
+  } else {
+    tile<1, REGISTERS>(left + i * left_row, left_row, panel, depth, out + i * out_row, out_row, columns);
+  }
+}
+
+// Rows of a tile: its sums fill at most three quarters of the 32 (AVX-512) or 16 registers.
+constexpr int tile_rows(int registers) { return kLanes == 16 && registers < 4 ? 8 : registers == 1 ? 8 : 6; }
+
+// The panel that has room for `columns`, but no whole register too many.
+template <int REGISTERS, typename Out>
+void fitting_product(const float* left, int64_t left_row, int64_t rows, const float* panel, int64_t depth, Out* out,
+                     int64_t out_row, int64_t columns) {
+  if (columns > (REGISTERS - 1) * kLanes) {
+    panel_product<tile_rows(REGISTERS), REGISTERS>(left, left_row, rows, panel, depth, out, out_row, columns);
+  } else if constexpr (REGISTERS > 1) {
+    fitting_product<REGISTERS - 1>(left, left_row, rows, panel, depth, out, out_row, columns);
+  }
+}
+
+// out[rows, columns] = left[rows, depth] times a packed matrix.
+template <typename Out>
+void product(const float* left, int64_t left_row, int64_t rows, const float* packed, int64_t depth, Out* out,
+             int64_t out_row, int64_t columns) {
+  const int64_t widest = panel_width(columns);
+  for (int64_t c = 0; c < columns; c += widest) {
+    const int64_t count = lesser(widest, columns - c);
+    fitting_product<kWidest>(left, left_row, rows, packed + c * depth, depth, out + c, out_row, count);
+  }
+}
+
+// --- One interface to products in float32 and of bfloat16 factors with sums in float32. `Number` is what both factors
+// are held in; a left factor has depth(K) numbers a row and a multiple of kRows rows, whatever is there finite.
+
+// kRound: the right factor is rounded to bfloat16.
+template <bool kRound>
+struct VectorProduct {
+  typedef float Number;
+  static constexpr int64_t kRows = 1;
+  struct Session {};  // what a thread needs while it multiplies
+
+  static int64_t depth(int64_t K) { return K; }
+
+  // from [columns, K], to [K, columns] with whole registers of columns
+  static void pack(const float* from, int64_t columns, int64_t K, float* to) {
+    pack_turned(from, K, K, columns, K, 0, to);
+    if (!kRound) return;
+    for (int64_t i = 0; i < ceil_div(columns, kLanes) * kLanes * K; ++i) {
+      Bf16 half;
+      store_one(&half, to[i]);
+      to[i] = to_float(half);
+    }
+  }
+
+  static void multiply(const float* left, int64_t left_row, int64_t rows, const float* packed, int64_t K, float* out,
+                       int64_t out_row, int64_t columns) {
+    product(left, left_row, rows, packed, K, out, out_row, columns);
+  }
+};
+
+#if defined(__AMX_BF16__)
+
+struct TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// A packed matrix is [columns / 16][depth / 32] tiles of 16 pairs of rows with 16 columns.
+struct HalfProduct {
+  typedef Bf16 Number;
+  static constexpr int64_t kRows = 32;
+  struct Session {
+    Session() {
+      const TileShapes shapes;
+      _tile_loadconfig(&shapes);
+    }
+    ~Session() { _tile_release(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+  };
+
+  static int64_t depth(int64_t K) { return ceil_div(K, 32) * 32; }
+
+  static void pack(const float* from, int64_t columns, int64_t K, Bf16* to) {
+    for (int64_t c = 0; c < ceil_div(columns, 16) * 16; ++c) {
+      Bf16* column = to + c / 16 * 16 * depth(K) + c % 16 * 2;
+      for (int64_t k = 0; k < depth(K); ++k) {
+        store_one(column + k / 2 * 32 + k % 2, c < columns && k < K ? from[c * K + k] : 0.0f);
+      }
+    }
+  }
+
+  static void multiply(const Bf16* left, int64_t left_row, int64_t rows, const Bf16* packed, int64_t K, float* out,
+                       int64_t out_row, int64_t columns) {
+    for (int64_t i = 0; i < rows; i += kRows) {
+      int64_t c = 0;
+      for (; c + 16 < columns; c += 32) {
+        block<true>(left + i * left_row, left_row, packed + c * depth(K), depth(K), out + i * out_row + c, out_row);
+      }
+      if (c < columns) {
+        block<false>(left + i * left_row, left_row, packed + c * depth(K), depth(K), out + i * out_row + c, out_row);
+      }
+    }
+  }
+
+ private:
+  // 32 rows and 16 or 32 columns of the result. The intrinsics do not say that they read and write memory.
+  template <bool kTwo>
+  static void block(const Bf16* left, int64_t left_row, const Bf16* packed, int64_t depth, float* out,
+                    int64_t out_row) {
+    const Bf16 *below = left + 16 * left_row, *beside = packed + 16 * depth;
+    __asm__ volatile("" ::: "memory");
+    _tile_zero(0);
+    _tile_zero(1);
+    if (kTwo) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t t = 0; t < depth; t += 32) {
+      _tile_loadd(4, left + t, left_row * 2);
+      _tile_loadd(5, below + t, left_row * 2);
+      _tile_loadd(6, packed + t * 16, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+      if (kTwo) {
+        _tile_loadd(7, beside + t * 16, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, out, out_row * 4);
+    _tile_stored(1, out + 16 * out_row, out_row * 4);
+    if (kTwo) {
+      _tile_stored(2, out + 16, out_row * 4);
+      _tile_stored(3, out + 16 * out_row + 16, out_row * 4);
+    }
+    __asm__ volatile("" ::: "memory");
+  }
+};
+
+#else
+
+typedef VectorProduct<true> HalfProduct;
+
+#endif
+
+}  // namespace
+}  // namespace dz

@@ -1,0 +1,117 @@
+#include "gelu.h"
+#include "gemm.h"
+
+namespace dz {
+namespace {
+
+constexpr int64_t kKnown = 1 << 17;  // numbers known of the bases of a tile of rows, which stay in cache
+
+template <typename In>
+DZ_INLINE Vec load_any(const In* from, int64_t count) {
+  return count == kLanes ? load_vec(from) : load_some(from, count);
+}
+
+template <typename To>
+DZ_INLINE void store_any(To* to, Vec v, int64_t count) {
+  if (count == kLanes) {
+    store_vec(to, v);
+  } else {
+    store_first(to, v, count);
+  }
+}
+
+template <typename In, typename To>
+void convert(const In* from, To* to, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const int64_t count = lesser(kLanes, size - i);
+    store_any(to + i, load_any(from + i, count), count);
+  }
+}
+
+// to = a + b
+template <typename B, typename To>
+void add(const float* a, const B* b, To* to, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const int64_t count = lesser(kLanes, size - i);
+    store_any(to + i, load_any(a + i, count) + load_any(b + i, count), count);
+  }
+}
+
+// finish(values, row of the result, index of its first element)
+template <typename Product, typename In, typename Finish>
+void all(const In* delta, const float* up, const float* z, const float* down, int64_t P, int64_t R, int64_t K,
+         int64_t H, int64_t M, bool tanh, Finish finish) {
+  typedef typename Product::Number Number;
+  const int64_t wide = ceil_div(H, 16) * 16, last = ceil_div(M, 16) * 16;
+  const int64_t in_row = Product::depth(K), hidden_row = Product::depth(H);
+  const int64_t tile = 32 * lesser(2, greater(1, kKnown / (Bases::kRows * wide * 32)));  // rows
+  const int64_t tiles = ceil_div(R, tile), parts = lesser(P, ceil_div(4 * omp_get_max_threads(), tiles));
+  const int64_t known_size = Bases::kRows * tile * wide, result_size = tile * greater(wide, last);
+  const int64_t in_size = tile * in_row, hidden_size = ceil_div(tile * hidden_row, 32) * 32;
+  Scratch<float> floats(omp_get_max_threads() * (known_size + result_size));
+  Scratch<Number> numbers(omp_get_max_threads() * (in_size + hidden_size));
+  Scratch<Number> ups(wide * in_row), downs(last * hidden_row);
+  Product::pack(up, H, K, ups.data);
+  Product::pack(down, M, H, downs.data);
+#pragma omp parallel
+  {
+    [[maybe_unused]] const typename Product::Session session;
+    float* known = floats.data + omp_get_thread_num() * (known_size + result_size);
+    float* result = known + known_size;  // of the first product, then of the second
+    Number* in = numbers.data + omp_get_thread_num() * (in_size + hidden_size);
+    Number* hidden = in + in_size;
+    for (int64_t i = 0; i < in_size + hidden_size; ++i) in[i] = {};  // what fills rows up stays so
+    const Bases bases = {known, tile * wide};
+#pragma omp for schedule(static)
+    for (int64_t piece = 0; piece < tiles * parts; ++piece) {
+      const int64_t start = piece / parts * tile, part = piece % parts, rows = lesser(tile, R - start);
+      const int64_t filled = ceil_div(rows, Product::kRows) * Product::kRows;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* base = z + (start + r) * H;
+        if (tanh) {
+          prepare<true>(base, H, bases.from(r * wide));
+        } else {
+          prepare<false>(base, H, bases.from(r * wide));
+        }
+      }
+      for (int64_t p = part * P / parts; p < (part + 1) * P / parts; ++p) {
+        const int64_t first = p * R + start;
+        for (int64_t r = 0; r < rows; ++r) convert(delta + (first + r) * K, in + r * in_row, K);
+        Product::multiply(in, in_row, filled, ups.data, K, result, wide, H);
+        for (int64_t r = 0; r < rows; ++r) {
+          if (tanh) {
+            changes<true>(bases.from(r * wide), result + r * wide, hidden + r * hidden_row, H);
+          } else {
+            changes<false>(bases.from(r * wide), result + r * wide, hidden + r * hidden_row, H);
+          }
+        }
+        Product::multiply(hidden, hidden_row, filled, downs.data, H, result, last, M);
+        for (int64_t r = 0; r < rows; ++r) finish(result + r * last, (first + r) * M);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void DZ_KERNEL(mlp_difference)(const void* delta, const float* up, const float* z, const float* down,
+                               const void* residual, void* out, int64_t P, int64_t R, int64_t K, int64_t H, int64_t M,
+                               bool tanh, bool half, bool residual_half, bool out_half) {
+  if (P == 0 || R == 0) return;
+  with_types(residual, residual_half, out, out_half, [&](const auto* more, auto* to) {
+    const auto finish = [=](const float* values, int64_t at) {
+      if (more == nullptr) {
+        convert(values, to + at, M);
+      } else {
+        add(values, more + at, to + at, M);
+      }
+    };
+    if (half) {
+      all<HalfProduct>(static_cast<const Bf16*>(delta), up, z, down, P, R, K, H, M, tanh, finish);
+    } else {
+      all<VectorProduct<false>>(static_cast<const float*>(delta), up, z, down, P, R, K, H, M, tanh, finish);
+    }
+  });
+}
+
+}  // namespace dz
