@@ -211,7 +211,7 @@ def _row_norm(dz: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, eps: An
     rows = zc.reshape(var.numel(), -1)
     dz = dz.to(zc.dtype) if dz.dtype is torch.float64 else dz
     out = dzkernels.layer_norm_difference(
-        dz.reshape(len(dz), *rows.shape), rows, var.reshape(-1), gamma, eps=float(eps)
+        dz.reshape(len(dz), *rows.shape), rows, var.reshape(-1), gamma, eps=float(eps), out_dtype=out_dtype
     )
     return out.reshape(dz.shape)
 

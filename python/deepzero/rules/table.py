@@ -54,11 +54,14 @@ Follow = Callable[[fx.Node, int], int | None]
 """Where channel dimension ``dim`` of the input goes when it passes through the node, or None if it is mixed up."""
 
 
-def linear(op: Any, *positions: int, follow: Follow | None = None, moves: bool = False) -> None:
+def linear(
+    op: Any, *positions: int, follow: Follow | None = None, moves: bool = False, dim: int | None = None
+) -> None:
     """``op`` is linear in the tensors at ``positions`` together; every other argument is constant.
 
     With ``follow`` (for a single position) a OneChannel difference stays one: the op is applied to a value whose
     channel dimension has size 1. ``moves`` says that values are only moved about, so they may stay in half width.
+    ``dim`` is the position of the argument that names the only dimension it works on.
     """
     positions = positions or (0,)
 
@@ -87,7 +90,11 @@ def linear(op: Any, *positions: int, follow: Follow | None = None, moves: bool =
         for i in positions:
             if i < len(args):
                 args[i] = pytree.tree_map(lambda t: t.to(held) if isinstance(t, Tensor) else t, args[i])
-        out = _batched(run, node, args, positions)
+        if dim is not None and dim < len(args):  # a plain call is much cheaper than vmap
+            args[dim] = args[dim] % (args[0].dim() - 1) + 1
+            out = node.target(*args, **run.exact_kwargs(node))  # type: ignore[operator]
+        else:
+            out = _batched(run, node, args, positions)
         return tuple(Dense(o) for o in out) if isinstance(out, tuple | list) else Dense(out)
 
     rule(op)(_named(apply, f"linear {op}"))
