@@ -64,4 +64,17 @@ def attention_difference(
     /,
     *sizes: int,
 ) -> None: ...
-def mlp_difference(delta: int, up: int, z: int, down: int, residual: int, out: int, /, *sizes: int) -> None: ...
+def mlp_difference(
+    delta: int,
+    zc: int,
+    var: int,
+    gamma: int,
+    up: int,
+    z: int,
+    down: int,
+    residual: int,
+    out: int,
+    eps: float,
+    /,
+    *sizes: int,
+) -> None: ...

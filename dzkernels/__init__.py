@@ -1,6 +1,7 @@
 """Kernels that propagate finite differences. They know tensors and no modules."""
 
 from ._load import build_info
+from ._norm import RowNorm
 from .backends import BACKENDS, BackendError, available_backends, use_backend, use_isa
 from .memory import keep_freed_memory
 from .ops import (
@@ -24,6 +25,7 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "BackendError",
+    "RowNorm",
     "attention_difference",
     "available_backends",
     "batch_norm_conv2d",

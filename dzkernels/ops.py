@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _check as check
 from . import backends
+from ._norm import RowNorm
 
 OPS = (
     "conv2d_tap",
@@ -607,27 +608,30 @@ def mlp_difference(
     z: Tensor,
     down: Tensor,
     residual: Tensor | None = None,
+    norm: RowNorm | None = None,
     *,
     approximate: str = "none",
+    operands: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Change of a transformer's feed-forward layer, linear, GELU, linear, when its input moves.
 
-    out[p] = residual[p] + (gelu(z + delta[p] up^T) - gelu(z)) down^T, the change of GELU as in gelu_difference
+    out[p] = residual[p] + (gelu(z + d up^T) - gelu(z)) down^T, the change of GELU as in gelu_difference
+    d = delta[p], or with a norm layer_norm_difference(delta, *norm)[p]
 
     delta     [P, R, K]  R rows: samples and tokens
     up        [H, K]     weight of the first linear layer, float64 for a float64 delta, else float32
     z         [R, H]     base input of GELU, likewise
     down      [M, H]     weight of the second, likewise
     residual  [P, R, M]  difference that is added, any floating-point dtype; None means 0
+    norm      zc [R, K], var [R] float64, gamma [K] or None, eps; None means there is none
     result    [P, R, M]  contiguous
 
-    The result has the dtype of delta unless out_dtype is given.
+    The result has the dtype of delta unless out_dtype is given, and so have the operands of the two products.
 
-    Exactness: for a float32 delta float32 arithmetic; inner products run in order. With a = |delta| |up|^T off by at
-    most 1.13 (K + 8) roundings of a times |down|^T, H + 2 roundings of 1.13 a |down|^T, and one of the result. A
-    bfloat16 delta asks for products of bfloat16 numbers: the weights and the change of GELU are rounded once, sums are
-    float32.
+    Exactness: float32 arithmetic; inner products run in order. With a = |d| |up|^T off by at most 1.13 (K + 8)
+    roundings of a times |down|^T, H + 2 roundings of 1.13 a |down|^T, and one of the result, besides what d is off by.
+    With operands=torch.bfloat16 d, the weights and the change of GELU are rounded to it once, and sums stay float32.
     Cost: 2 R H (K + M) operations a perturbation; the hidden layer stays in cache. Meant for weights that do so too.
     """
     op = "mlp_difference"
@@ -643,6 +647,14 @@ def mlp_difference(
     check.of_shape(op, "down", down, (None, hidden), "[M, H]")
     if 0 in (width, hidden, down.shape[0]):
         raise ValueError(f"dz::{op}: up and down must be non-empty, got {check.shape(up)} and {check.shape(down)}")
+    if norm is not None:
+        _base_values(op, "norm.zc", norm.zc, delta)
+        check.of_shape(op, "norm.zc", norm.zc, (rows, width), "[R, K]")
+        check.of_dtype(op, "norm.var", norm.var, (torch.float64,))
+        check.of_shape(op, "norm.var", norm.var, (rows,), "[R]")
+        if norm.gamma is not None:
+            check.of_dtype(op, "norm.gamma", norm.gamma, (torch.float32, torch.float64))
+            check.of_shape(op, "norm.gamma", norm.gamma, (width,), "[K]")
     if residual is not None:
         check.of_dtype(op, "residual", residual, check.FLOATS)
         check.of_shape(op, "residual", residual, (perturbations, rows, down.shape[0]), "[P, R, M]")
@@ -655,7 +667,12 @@ def mlp_difference(
         out_dtype = delta.dtype
     elif out_dtype not in check.FLOATS:
         raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
-    return backends.run(op, delta, delta, up, z, down, residual, approximate=approximate, out_dtype=out_dtype)
+    if operands is None:
+        operands = delta.dtype
+    elif operands not in check.FLOATS:
+        raise TypeError(f"dz::{op}: operands must be a floating-point dtype, got {operands}")
+    options = {"approximate": approximate, "operands": operands, "out_dtype": out_dtype}
+    return backends.run(op, delta, delta, up, z, down, residual, norm, **options)
 
 
 def softmax_difference(delta: Tensor, p: Tensor, *, log: bool = False) -> Tensor:

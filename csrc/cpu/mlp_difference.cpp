@@ -1,5 +1,6 @@
 #include "gelu.h"
 #include "gemm.h"
+#include "layer_norm.h"
 
 namespace dz {
 namespace {
@@ -37,16 +38,25 @@ void add(const float* a, const B* b, To* to, int64_t size) {
   }
 }
 
+// The layer norm before the layers; zc null: there is none.
+struct Norm {
+  const float* zc;     // [R, K]
+  const double* var;   // [R]
+  const float* gamma;  // [K] or null: 1
+  double eps;
+};
+
 // finish(values, row of the result, index of its first element)
 template <typename Product, typename In, typename Finish>
-void all(const In* delta, const float* up, const float* z, const float* down, int64_t P, int64_t R, int64_t K,
-         int64_t H, int64_t M, bool tanh, Finish finish) {
+void all(const In* delta, Norm norm, const float* up, const float* z, const float* down, int64_t P, int64_t R,
+         int64_t K, int64_t H, int64_t M, bool tanh, Finish finish) {
   typedef typename Product::Number Number;
   const int64_t wide = ceil_div(H, 16) * 16, last = ceil_div(M, 16) * 16;
   const int64_t in_row = Product::depth(K), hidden_row = Product::depth(H);
   const int64_t tile = 32 * lesser(2, greater(1, kKnown / (Bases::kRows * wide * 32)));  // rows
   const int64_t tiles = ceil_div(R, tile), parts = lesser(P, ceil_div(4 * omp_get_max_threads(), tiles));
-  const int64_t known_size = Bases::kRows * tile * wide, result_size = tile * greater(wide, last);
+  const int64_t known_size = Bases::kRows * tile * wide;
+  const int64_t result_size = greater(tile * greater(wide, last), ceil_div(kTogether * K, 16) * 16);
   const int64_t in_size = tile * in_row, hidden_size = ceil_div(tile * hidden_row, 32) * 32;
   Scratch<float> floats(omp_get_max_threads() * (known_size + result_size));
   Scratch<Number> numbers(omp_get_max_threads() * (in_size + hidden_size));
@@ -76,7 +86,15 @@ void all(const In* delta, const float* up, const float* z, const float* down, in
       }
       for (int64_t p = part * P / parts; p < (part + 1) * P / parts; ++p) {
         const int64_t first = p * R + start;
-        for (int64_t r = 0; r < rows; ++r) convert(delta + (first + r) * K, in + r * in_row, K);
+        for (int64_t r = 0; r < rows; r += kTogether) {
+          const int64_t count = lesser(kTogether, rows - r);
+          if (norm.zc != nullptr) {
+            norm_rows(delta + (first + r) * K, result, norm.zc + (start + r) * K, norm.var + start + r, norm.gamma,
+                      in + r * in_row, in_row, norm.eps, count, K, true);
+            continue;
+          }
+          for (int64_t i = r; i < r + count; ++i) convert(delta + (first + i) * K, in + i * in_row, K);
+        }
         Product::multiply(in, in_row, filled, ups.data, K, result, wide, H);
         for (int64_t r = 0; r < rows; ++r) {
           if (tanh) {
@@ -94,9 +112,10 @@ void all(const In* delta, const float* up, const float* z, const float* down, in
 
 }  // namespace
 
-void DZ_KERNEL(mlp_difference)(const void* delta, const float* up, const float* z, const float* down,
-                               const void* residual, void* out, int64_t P, int64_t R, int64_t K, int64_t H, int64_t M,
-                               bool tanh, bool half, bool residual_half, bool out_half) {
+void DZ_KERNEL(mlp_difference)(const void* delta, const float* zc, const double* var, const float* gamma,
+                               const float* up, const float* z, const float* down, const void* residual, void* out,
+                               double eps, int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, bool tanh, bool half,
+                               bool residual_half, bool out_half, bool narrow) {
   if (P == 0 || R == 0) return;
   with_types(residual, residual_half, out, out_half, [&](const auto* more, auto* to) {
     const auto finish = [=](const float* values, int64_t at) {
@@ -106,10 +125,18 @@ void DZ_KERNEL(mlp_difference)(const void* delta, const float* up, const float* 
         add(values, more + at, to + at, M);
       }
     };
+    const Norm norm = {zc, var, gamma, eps};
+    const auto run = [&](const auto* from) {
+      if (narrow) {
+        all<HalfProduct>(from, norm, up, z, down, P, R, K, H, M, tanh, finish);
+      } else {
+        all<VectorProduct<false>>(from, norm, up, z, down, P, R, K, H, M, tanh, finish);
+      }
+    };
     if (half) {
-      all<HalfProduct>(static_cast<const Bf16*>(delta), up, z, down, P, R, K, H, M, tanh, finish);
+      run(static_cast<const Bf16*>(delta));
     } else {
-      all<VectorProduct<false>>(static_cast<const float*>(delta), up, z, down, P, R, K, H, M, tanh, finish);
+      run(static_cast<const float*>(delta));
     }
   });
 }

@@ -88,9 +88,11 @@
                             double scale, int64_t P, int64_t N, int64_t H, int64_t T, int64_t S, int64_t D,            \
                             int64_t E, bool half, bool out_half))                                                      \
   OP(mlp_difference, (const void* delta,   /* [P, R, K] float32, or bfloat16 with half                             */  \
+                      const float* zc, const double* var, /* [R, K], [R] of the layer norm; null: there is none    */  \
+                      const float* gamma,  /* [K] or null: 1                                                       */  \
                       const float* up, const float* z, const float* down, /* [H, K], [R, H], [M, H]                */  \
                       const void* residual, /* [P, R, M] float32, or bfloat16 with residual_half; may be null      */  \
                       void* out,           /* [P, R, M] float32, or bfloat16 with out_half                         */  \
-                      int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, bool tanh,                                \
-                      bool half, bool residual_half, bool out_half))
+                      double eps, int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, bool tanh,                    \
+                      bool half, bool residual_half, bool out_half, bool narrow)) /* narrow: bfloat16 products */
 // clang-format on

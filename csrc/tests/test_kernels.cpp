@@ -458,7 +458,8 @@ void test_gelu_difference(int64_t P, int64_t S, float scale, bool tanh) {
                 });
 }
 
-void test_mlp_difference(int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, float scale, bool tanh, bool added) {
+void test_mlp_difference(int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, float scale, bool tanh, bool added,
+                         bool normed) {
   const Floats delta = Halves(normals(P * R * K, scale)).floats(), z = normals(R * H, 2);
   const Floats up = Halves(normals(H * K, 0.3f)).floats(), down = Halves(normals(M * H, 0.3f)).floats();
   const Floats residual = Halves(normals(P * R * M, scale)).floats();
@@ -467,13 +468,19 @@ void test_mlp_difference(int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, 
     return tanh ? x / (1 + std::exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
                 : x * 0.5 * std::erfc(-x / std::sqrt(2.0));
   };
-  Floats wanted;
+  const Floats zc = normals(R * K, 1), gamma = normals(K, 1);
+  const Doubles var(static_cast<size_t>(R), 1.0);
+  Floats in = delta, wanted;
+  if (normed) {
+    dz::kernels().layer_norm_difference(delta.data(), zc.data(), var.data(), gamma.data(), in.data(), 1e-3, P, R, K,
+                                        true, false, false);
+  }
   for (int64_t row = 0; row < P * R; ++row) {
     Doubles change;
     for (int64_t h = 0; h < H; ++h) {
       const double before = z[row % R * H + h];
       double moved = before;
-      for (int64_t k = 0; k < K; ++k) moved += static_cast<double>(delta[row * K + k]) * up[h * K + k];
+      for (int64_t k = 0; k < K; ++k) moved += static_cast<double>(in[row * K + k]) * up[h * K + k];
       change.push_back(gelu(moved) - gelu(before));
     }
     for (int64_t m = 0; m < M; ++m) {
@@ -489,14 +496,16 @@ void test_mlp_difference(int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, 
     for (const bool other : {false, true}) {  // the residual in either type
       const void* extra = other ? static_cast<const void*>(more.bits.data()) : residual.data();
       Floats out = poisoned(static_cast<int64_t>(wanted.size()));
-      dz::kernels().mlp_difference(from, up.data(), z.data(), down.data(), added ? extra : nullptr, out.data(), P, R, K,
-                                   H, M, tanh, half, other, false);
+      dz::kernels().mlp_difference(from, normed ? zc.data() : nullptr, var.data(), gamma.data(), up.data(), z.data(),
+                                   down.data(), added ? extra : nullptr, out.data(), 1e-3, P, R, K, H, M, tanh, half,
+                                   other, false, half);
       compare("mlp_difference " + dz::isa(), out, wanted, tolerance);
       plain = out;
     }
     Halves rounded(poisoned(static_cast<int64_t>(wanted.size())));
-    dz::kernels().mlp_difference(from, up.data(), z.data(), down.data(), added ? residual.data() : nullptr,
-                                 rounded.bits.data(), P, R, K, H, M, tanh, half, false, true);
+    dz::kernels().mlp_difference(from, normed ? zc.data() : nullptr, var.data(), gamma.data(), up.data(), z.data(),
+                                 down.data(), added ? residual.data() : nullptr, rounded.bits.data(), 1e-3, P, R, K, H,
+                                 M, tanh, half, false, true, half);
     compare("mlp_difference, to bfloat16", rounded.floats(), Halves(plain).floats(), 0);
   }
 }
@@ -658,7 +667,7 @@ int main() {
       const float scale = round % 3 == 0 ? 1e-3f : round % 3 == 1 ? 0.3f : 20.0f;
       test_gelu_difference(draw(0, 4), draw(1, 700), scale, round % 2 == 0);
       test_mlp_difference(draw(0, 3), draw(1, 80), draw(1, 70), draw(1, 70), draw(1, 70), scale, round % 2 == 0,
-                          round % 4 < 2);
+                          round % 4 < 2, round % 3 == 0);
       test_layer_norm_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0, round % 4 < 2);
       test_softmax_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0);
       test_attention_difference(draw(0, 3), draw(1, 2), draw(1, 3), draw(0, 80), draw(1, 80), draw(1, 40), draw(1, 80),

@@ -17,9 +17,9 @@ from torch import Tensor, fx
 import dzkernels
 
 from .base import Layouts
-from .carriers import Carrier, Dense, OneChannel, OneEntry, Zero, select
+from .carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, select
 from .rules.loss import plain_labels
-from .rules.norm import UPDATING, centred
+from .rules.norm import UPDATING, centred, layer_base
 
 if TYPE_CHECKING:
     from .run import Block
@@ -281,7 +281,7 @@ def _run_head(run: Block, layer: fx.Node, loss: fx.Node) -> Carrier | None:
     return Dense(dzkernels.channel_linear_cross_entropy(d.values, d.channel, run.low(layer.args[1]), log_p, label))
 
 
-# --- a transformer's feed-forward layer: linear + GELU + linear (+ residual)
+# --- a transformer's feed-forward layer: (layer norm +) linear + GELU + linear (+ residual)
 
 _CACHED = 1 << 18
 """Most weights of a layer that the kernel runs through for every few rows: more than a cache holds and it is slow."""
@@ -289,6 +289,7 @@ _CACHED = 1 << 18
 
 @dataclass(frozen=True)
 class _Mlp:
+    norm: fx.Node | None
     up: fx.Node
     gelu: fx.Node
     down: fx.Node
@@ -296,45 +297,64 @@ class _Mlp:
 
 
 def _mlp_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
-    if node.target is not aten.linear.default:
+    nodes: tuple[fx.Node, ...] = (node,)
+    norm = node if node.target is aten.native_layer_norm.default and len(node.args[1]) == 1 else None  # type: ignore[arg-type]
+    up: fx.Node | None = node
+    if norm is not None:
+        result = _only_user(node, inside)
+        up = None if result is None or result.args[1] != 0 else _only_user(result, inside)
+        if result is None or up is None or up.args[0] is not result:
+            return None
+        nodes = (node, result, up)
+    if up is None or up.target is not aten.linear.default:
         return None
-    gelu = _only_user(node, inside)
+    gelu = _only_user(up, inside)
     if gelu is None or gelu.target is not aten.gelu.default:
         return None
     down = _only_user(gelu, inside)
     if down is None or down.target is not aten.linear.default or down.args[0] is not gelu:
         return None
-    weights = sum(layer.args[1].meta["val"].numel() for layer in (node, down))  # type: ignore[union-attr]
+    weights = sum(layer.args[1].meta["val"].numel() for layer in (up, down))  # type: ignore[union-attr]
     if weights > _CACHED:
         return None
-    nodes: tuple[fx.Node, ...] = (node, gelu, down)
-    residual = None
+    nodes, residual = (*nodes, gelu, down), None
     user = _only_user(down, inside)
     if user is not None and user.target is aten.add.Tensor and not user.kwargs:
         a, b = user.args
         other = b if a is down else a
         if isinstance(other, fx.Node) and other is not down and _same_shape(other, down):
             nodes, residual = (*nodes, user), other
-    name = "linear+gelu+linear" + ("+residual" if residual else "")
-    parts = _Mlp(node, gelu, down, residual)
+    name = ("layer_norm+" if norm else "") + "linear+gelu+linear" + ("+residual" if residual else "")
+    parts = _Mlp(norm, up, gelu, down, residual)
     return nodes, name, lambda run: _run_mlp(run, parts)
 
 
 def _run_mlp(run: Block, parts: _Mlp) -> Carrier | None:
-    d, extra = run.raw(parts.up.args[0]), run.raw(parts.residual)
-    weights = [n for layer in (parts.up, parts.down) for n in layer.args[1:]]
-    if not isinstance(d, Dense) or any(run.raw(n) is not Zero for n in weights) or run.dtype is not torch.float32:
+    norm, up, down = parts.norm, parts.up, parts.down
+    d, extra = run.raw((norm or up).args[0]), run.raw(parts.residual)
+    still = [n for layer in (up, down) for n in layer.args[1:]] + list(norm.args[2:4] if norm else ())
+    if d is Zero or any(run.raw(n) is not Zero for n in still) or run.dtype is not torch.float32:
         return None
-    added = extra.values if isinstance(extra, Dense) else None
-    if d.values.device.type != "cpu" or (added is None and extra is not Zero):
+    if run.exact(up).device.type != "cpu" or (norm is None and not isinstance(d, Dense)):
         return None
-    z, shape = run.low(parts.up), tuple(run.exact(parts.down).shape)
-    values = d.values.to(run.operands).reshape(run.count, -1, d.values.shape[-1])
+
+    def rows(carrier: Carrier) -> Tensor:
+        values = dense(carrier)
+        values = values.to(run.dtype) if values.dtype is torch.float64 else values
+        return values.reshape(run.count, -1, values.shape[-1])
+
+    known = None
+    if norm is not None:
+        zc, var, _ = layer_base(run, norm)
+        gamma = None if norm.args[2] is None else run.low(norm.args[2])
+        known = dzkernels.RowNorm(zc.reshape(-1, zc.shape[-1]), var.reshape(-1), gamma, float(norm.args[4]))  # type: ignore[arg-type]
+    z, shape = run.low(up), tuple(run.exact(down).shape)
+    values = rows(d)
     out = dzkernels.mlp_difference(
-        values, run.low(parts.up.args[1]), z.reshape(-1, z.shape[-1]), run.low(parts.down.args[1]),
-        None if added is None else added.reshape(run.count, -1, shape[-1]),
-        approximate=str(parts.gelu.kwargs.get("approximate", "none")),
-        out_dtype=run.operands if added is None else run.dtype,
+        values, run.low(up.args[1]), z.reshape(-1, z.shape[-1]), run.low(down.args[1]),
+        None if extra is Zero else values if extra is d else rows(extra), known,
+        approximate=str(parts.gelu.kwargs.get("approximate", "none")), operands=run.operands,
+        out_dtype=run.operands if extra is Zero else run.dtype,
     )  # fmt: skip
     return Dense(out.reshape(run.count, *shape))
 

@@ -27,7 +27,12 @@ def case(p: int, r: int, k: int, h: int, m: int, scale: float) -> dict[str, Any]
 
 
 def double(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if t is None else t.double() for name, t in given.items()}
+    def wide(value: Any) -> Any:
+        if isinstance(value, dzkernels.RowNorm):
+            return value._replace(zc=value.zc.double(), gamma=value.gamma.double())
+        return None if value is None else value.double()
+
+    return {name: wide(value) for name, value in given.items()}
 
 
 def reach(given: dict[str, Any]) -> Tensor:
@@ -71,6 +76,30 @@ def test_bfloat16(shape: tuple[int, ...], scale: float) -> None:
                 assert_exact(got, wide.bfloat16())
             low = dzkernels.mlp_difference(**{**given, "residual": given["residual"].bfloat16()})
             assert_bounded(low, wanted, inner + HALF * (given["residual"].double().abs() + 1.01 * wanted.abs() + inner))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.3])
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_layer_norm_first(runner: str, shape: tuple[int, ...], operands: torch.dtype, scale: float) -> None:
+    """As layer_norm_difference and then the two layers, from float32 or bfloat16."""
+    given = case(*shape, scale)  # type: ignore[call-arg]
+    z = normal(*shape[1:3], seed=6)
+    zc = z - z.mean(1, keepdim=True)
+    norm = dzkernels.RowNorm(zc, zc.double().square().mean(1), normal(shape[2], seed=7), 1e-3)
+    for delta in (given["delta"], given["delta"].bfloat16()):
+        given["delta"] = delta
+        with running(runner):
+            options = {"eps": norm.eps, "out_dtype": operands}
+            inner = {**given, "delta": dzkernels.layer_norm_difference(given["delta"], *norm[:3], **options)}
+            wanted = dzkernels.mlp_difference(**inner, out_dtype=torch.float32)
+            got = dzkernels.mlp_difference(**given, norm=norm, operands=operands, out_dtype=torch.float32)
+        if runner != "reference" and operands is torch.float32:  # the others need not round d
+            assert_exact(got, wanted)
+        assert_bounded(
+            got, wanted, 2 * UNIT[operands] * (shape[2] + shape[3] + 20) * reach(inner) + 4 * U * wanted.abs()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,6 +154,7 @@ def test_threads_and_neighbours_do_not_matter(shape: tuple[int, ...], dtype: tor
 
 
 GOOD = case(3, 2, 4, 6, 5, 1.0)
+NORM = dzkernels.RowNorm(normal(2, 4, seed=6), torch.ones(2, dtype=torch.float64), None, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +172,12 @@ GOOD = case(3, 2, 4, 6, 5, 1.0)
         ({"residual": GOOD["residual"].long()}, TypeError, r"residual must be of a floating-point dtype, got int64"),
         ({"residual": GOOD["residual"][:2]}, ValueError, r"residual must be of shape \[P, R, M\] = \[3, 2, 5\], got"),
         ({"residual": GOOD["residual"].to("meta")}, ValueError, r"residual must be on cpu like delta, got meta"),
+        ({"norm": NORM._replace(zc=NORM.zc.double())}, TypeError, r"norm.zc must be float32, got float64"),
+        ({"norm": NORM._replace(zc=NORM.zc[:1])}, ValueError, r"norm.zc must be of shape \[R, K\] = \[2, 4\], got"),
+        ({"norm": NORM._replace(var=NORM.var.float())}, TypeError, r"norm.var must be float64, got float32"),
+        ({"norm": NORM._replace(var=NORM.var[:1])}, ValueError, r"norm.var must be of shape \[R\] = \[2\], got"),
+        ({"norm": NORM._replace(gamma=NORM.var)}, ValueError, r"norm.gamma must be of shape \[K\] = \[4\], got"),
+        ({"operands": torch.int64}, TypeError, r"operands must be a floating-point dtype, got torch.int64"),
         ({"out_dtype": torch.int64}, TypeError, r"out_dtype must be a floating-point dtype, got torch.int64"),
         ({"approximate": "fast"}, ValueError, r"approximate must be 'none' or 'tanh', got 'fast'"),
     ],

@@ -173,9 +173,9 @@ def _one_channel_norm(
     return None
 
 
-@rule(aten.native_layer_norm.default)
-def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
-    x, normal, gamma, beta, eps = node.args
+def layer_base(run: Block, node: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the input of a layer norm: centred, its variance in float64, and normalised."""
+    x, normal, _, _, eps = node.args
     z = run.exact(x)
     dims = list(range(z.dim() - len(normal), z.dim()))  # type: ignore[arg-type]
 
@@ -183,7 +183,15 @@ def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
         zc, v = centred(z, dims)
         return run.base_rounded(zc), v, run.base_rounded(zc / (v + eps).sqrt())
 
-    zc, v, hat = run.saved(node, "norm", make)
+    return run.saved(node, "norm", make)  # type: ignore[no-any-return]
+
+
+@rule(aten.native_layer_norm.default)
+def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
+    x, normal, gamma, beta, eps = node.args
+    z = run.exact(x)
+    dims = list(range(z.dim() - len(normal), z.dim()))  # type: ignore[arg-type]
+    zc, v, hat = layer_base(run, node)
     d = run.d(x)
     vectors = [c for c in (run.d(gamma), run.d(beta)) if c is not Zero]
     if d is Zero and len(vectors) == 1 and isinstance(entry := vectors[0], OneEntry) and len(entry.shape) == 1:

@@ -54,9 +54,7 @@ Follow = Callable[[fx.Node, int], int | None]
 """Where channel dimension ``dim`` of the input goes when it passes through the node, or None if it is mixed up."""
 
 
-def linear(
-    op: Any, *positions: int, follow: Follow | None = None, moves: bool = False, dim: int | None = None
-) -> None:
+def linear(op: Any, *positions: int, follow: Follow | None = None, moves: bool = False, dim: int | None = None) -> None:
     """``op`` is linear in the tensors at ``positions`` together; every other argument is constant.
 
     With ``follow`` (for a single position) a OneChannel difference stays one: the op is applied to a value whose
