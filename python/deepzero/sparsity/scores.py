@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..engine import Prepared
 from ..errors import ObjectiveError
-from ..estimators.base import Estimate, Objective
+from ..estimators.base import Objective
 from ..estimators.cge import CGE
 from ..estimators.checks import selected
+from ..estimators.engine_estimator import EngineEstimator
 from ..estimators.rge import RGE
 
 
@@ -59,7 +61,7 @@ def zo_grasp(
     2 (queries + 1) loss values. Raises what :class:`RGE` raises.
     """
     estimator = RGE(model, objective, queries=queries, mu=mu, seed=seed, precision=precision)
-    return _grasp(estimator, lambda: estimator.estimate(batch))
+    return _grasp(estimator, batch)
 
 
 def zo_grasp_layerwise(
@@ -74,8 +76,8 @@ def zo_grasp_layerwise(
 ) -> Scores:
     """ZO-GraSP whose ``queries`` directions measure what layer-wise ratios depend on: the layers' differences.
 
-    A layer is one parameter of two or more dimensions; all vectors and scalars together are one more. Every layer l
-    gets m = queries // layers Gaussian directions u_lk that move it alone. At theta they give the gradient's part
+    A layer is one parameter of two or more dimensions; all vectors and scalars together are one more. Layer l gets
+    m = queries // layers Gaussian directions u_lk that move it alone. At theta they give the gradient's part
     g_l = (1/m) sum_k (g . u_lk) u_lk; the same directions at theta + mu g give u_lk . H g, hence
 
         S_l = -theta_l * (1/m) sum_k (u_lk . H g) u_lk * sqrt(m / (m + d_l + 1)).
@@ -86,11 +88,8 @@ def zo_grasp_layerwise(
 
     Raises what :class:`RGE` raises, and ValueError for fewer queries than layers.
     """
-    layers = _layers(model)
-    each = _directions_each(queries, layers)
-    estimator = RGE(model, objective, queries=each, mu=mu, seed=seed, precision=precision)
-    found = _grasp(estimator, lambda: _by_layer(estimator, batch, layers))
-    return Scores(_square_unbiased(model, found.values, layers, each), found.queries)
+    estimator = _LayerwiseRGE(model, objective, queries=queries, mu=mu, seed=seed, precision=precision)
+    return estimator.square_unbiased(_grasp(estimator, batch))
 
 
 def zo_grasp_cge(
@@ -98,7 +97,7 @@ def zo_grasp_cge(
 ) -> Scores:
     """S = -theta * (g(theta + mu g) - g(theta)) / mu with coordinate-wise g: exact up to the step, 2 (d + 1) losses."""
     estimator = CGE(model, objective, mu=mu, precision=precision)
-    return _grasp(estimator, lambda: estimator.estimate(batch))
+    return _grasp(estimator, batch)
 
 
 def zo_snip(
@@ -113,7 +112,7 @@ def zo_snip(
 ) -> Scores:
     """SNIP's |theta * g| (Lee et al., ICLR 2019) with g by RGE; ``queries`` + 1 loss values."""
     estimator = RGE(model, objective, queries=queries, mu=mu, seed=seed, precision=precision)
-    return _snip(model, estimator.estimate(batch))
+    return _snip(estimator, batch)
 
 
 def zo_snip_layerwise(
@@ -130,18 +129,15 @@ def zo_snip_layerwise(
 
     The mean square of g in every layer is unbiased; at most ``queries`` + 1 loss values.
     """
-    layers = _layers(model)
-    each = _directions_each(queries, layers)
-    estimator = RGE(model, objective, queries=each, mu=mu, seed=seed, precision=precision)
-    found = _snip(model, _by_layer(estimator, batch, layers))
-    return Scores(_square_unbiased(model, found.values, layers, each), found.queries)
+    estimator = _LayerwiseRGE(model, objective, queries=queries, mu=mu, seed=seed, precision=precision)
+    return estimator.square_unbiased(_snip(estimator, batch))
 
 
 def zo_snip_cge(
     model: nn.Module, objective: Objective, batch: Any, *, mu: float = 5e-3, precision: str = "float32"
 ) -> Scores:
     """SNIP's |theta * g| with coordinate-wise g; d + 1 loss values."""
-    return _snip(model, CGE(model, objective, mu=mu, precision=precision).estimate(batch))
+    return _snip(CGE(model, objective, mu=mu, precision=precision), batch)
 
 
 def zo_synflow(
@@ -153,68 +149,81 @@ def zo_synflow(
     """
     twin, ones = synflow_network(model, batch)
     estimator = RGE(twin, synaptic_flow, queries=queries, mu=mu, seed=seed, precision="float64")
-    return _snip(twin, estimator.estimate(ones))
+    return _snip(estimator, ones)
 
 
 def zo_synflow_cge(model: nn.Module, objective: Any, batch: Any, *, mu: float = 5e-3) -> Scores:
     """SynFlow's |theta * dR/dtheta| with coordinate-wise differences, which R, linear in each weight, makes exact."""
     twin, ones = synflow_network(model, batch)
-    return _snip(twin, CGE(twin, synaptic_flow, mu=mu, precision="float64").estimate(ones))
+    return _snip(CGE(twin, synaptic_flow, mu=mu, precision="float64"), ones)
 
 
-def _grasp(estimator: CGE | RGE, estimate: Callable[[], Estimate]) -> Scores:
-    """-theta * (g(theta + mu g) - g(theta)) / mu, with g from ``estimate``."""
+def _grasp(estimator: EngineEstimator, batch: Any) -> Scores:
+    """-theta * (g(theta + mu g) - g(theta)) / mu, with g from ``estimator``."""
     start = estimator.state_dict()
-    here = estimate()
+    here = estimator.estimate(batch)
     model, mu = estimator.model, estimator.mu
     moved = {name: model.get_parameter(name).double() + mu * g for name, g in here.grads.items()}
     estimator.load_state_dict(start)  # the same random directions again
     with estimator.engine.at(moved):
-        there = estimate()
+        there = estimator.estimate(batch)
     values = {
         name: -model.get_parameter(name).detach() * (there.grads[name] - g) / mu for name, g in here.grads.items()
     }
     return Scores(values, here.queries + there.queries)
 
 
-def _snip(model: nn.Module, found: Estimate) -> Scores:
-    values = {name: (model.get_parameter(name).detach() * g).abs() for name, g in found.grads.items()}
+def _snip(estimator: EngineEstimator, batch: Any) -> Scores:
+    """|theta * g|, with g from ``estimator``."""
+    found = estimator.estimate(batch)
+    values = {name: (estimator.model.get_parameter(name).detach() * g).abs() for name, g in found.grads.items()}
     return Scores(values, found.queries)
 
 
-def _by_layer(estimator: RGE, batch: Any, layers: Sequence[Sequence[str]]) -> Estimate:
-    """Estimates that each move one layer only, together; the base loss that they share is counted once."""
-    grads: dict[str, Tensor] = {}
-    queries = 1
-    for names in layers:
-        mask = {name: torch.ones_like(estimator.model.get_parameter(name), dtype=torch.bool) for name in names}
-        found = estimator.estimate(batch, mask)
-        grads |= found.grads
-        queries += found.queries - 1
-    return Estimate(found.loss, {name: grads[name] for name in selected(estimator.model, None)}, queries)
+class _LayerwiseRGE(EngineEstimator):
+    """RGE for every layer apart, from one base pass: m = queries // layers directions that move that layer only.
 
+    A layer is one parameter of two or more dimensions; all vectors and scalars together are one more. Every estimate
+    uses the same directions.
+    """
 
-def _layers(model: nn.Module) -> list[list[str]]:
-    """The trainable parameters of two or more dimensions one by one, then all vectors and scalars together."""
-    names = list(selected(model, None))
-    vectors = [name for name in names if model.get_parameter(name).dim() < 2]
-    return [[name] for name in names if name not in vectors] + ([vectors] if vectors else [])
+    def __init__(
+        self, model: nn.Module, objective: Objective, *, queries: int, mu: float, seed: int, precision: str
+    ) -> None:
+        super().__init__(model, objective, mu=mu, precision=precision)
+        names = list(selected(model, None))
+        vectors = [name for name in names if model.get_parameter(name).dim() < 2]
+        self.layers = [[name] for name in names if name not in vectors] + ([vectors] if vectors else [])
+        if not isinstance(queries, int) or queries < len(self.layers):
+            raise ValueError(
+                f"queries must be at least one direction for each of the model's {len(self.layers)} layers, got "
+                f"{queries!r}"
+            )
+        self.parts = [
+            RGE(model, objective, queries=queries // len(self.layers), mu=mu, seed=seed, precision=precision)
+            for _ in self.layers
+        ]
+        for number, part in enumerate(self.parts):
+            part.engine = self.engine
+            part.estimates = number  # directions of its own
 
+    def _count(self, selected: dict[str, Tensor]) -> int:
+        return 1 + sum(part.directions.count for part in self.parts)
 
-def _directions_each(queries: int, layers: Sequence[Sequence[str]]) -> int:
-    if not isinstance(queries, int) or queries < len(layers):
-        raise ValueError(
-            f"queries must be at least one direction for each of the model's {len(layers)} layers, got {queries!r}"
-        )
-    return queries // len(layers)
+    def _gradients(self, ready: Prepared, selected: dict[str, Tensor]) -> dict[str, Tensor]:
+        grads: dict[str, Tensor] = {}
+        for part, names in zip(self.parts, self.layers, strict=True):
+            grads |= part._gradients(ready, {name: selected[name] for name in names})
+        return {name: grads[name] for name in selected}
 
-
-def _square_unbiased(
-    model: nn.Module, estimate: Mapping[str, Tensor], layers: Sequence[Sequence[str]], each: int
-) -> dict[str, Tensor]:
-    """The estimates times sqrt(m / (m + d_l + 1)), by which m Gaussian directions in d_l dimensions inflate norms."""
-    size = {name: sum(model.get_parameter(n).numel() for n in names) for names in layers for name in names}
-    return {name: value * math.sqrt(each / (each + size[name] + 1)) for name, value in estimate.items()}
+    def square_unbiased(self, scores: Scores) -> Scores:
+        """Scores times sqrt(m / (m + d_l + 1)): m Gaussian directions in d_l dimensions inflate squares by the rest."""
+        values = dict(scores.values)
+        for part, names in zip(self.parts, self.layers, strict=True):
+            m, d = part.directions.count, sum(values[name].numel() for name in names)
+            for name in names:
+                values[name] = values[name] * math.sqrt(m / (m + d + 1))
+        return Scores(values, scores.queries)
 
 
 def synflow_network(model: nn.Module, batch: Any) -> tuple[nn.Module, Tensor]:
