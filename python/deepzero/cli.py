@@ -1,4 +1,4 @@
-"""The command ``deepzero``: train, resume, ablate, plan, check, info.
+"""The command ``deepzero``: train, resume, ablate, plan, check, prune, info.
 
 Exit codes: 0 done, 1 ``check`` found wrong quotients, 2 a usage, configuration, data or checkpoint error, 3 the query
 budget is spent, 4 a loss or weight is not finite, 130 interrupted (a checkpoint was written).
@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -25,6 +25,7 @@ from .training.studies import STUDIES
 
 if TYPE_CHECKING:
     from .estimators import CGE
+    from .sparsity import LayerRatios
     from .training.ablate import Study
 
 app = typer.Typer(
@@ -187,6 +188,50 @@ def check(
 
 
 @app.command()
+def prune(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    model: ModelName = None,
+    objective: ObjectiveName = None,
+    batch: BatchName = None,
+    score: Annotated[
+        list[str] | None, typer.Option(help="Name of a score; give several to compare. Default zo-grasp-layerwise.")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction left out; default sparsity.fraction.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Random directions of a score; default 192.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for <score>.json and ratios.png.")] = Path("ratios"),
+) -> None:
+    """Score a model's weights and print, save and draw how much of each layer to prune.
+
+    sparsity.always_on and sparsity.score_options of the configuration apply; each score takes the options it knows.
+    """
+    with _exit_codes():
+        from .plots import plot_ratios
+        from .training.config import load_config
+        from .training.policies import options_by_score, scored_ratios
+
+        changes = [*(overrides or ()), *([] if sparsity is None else [f"sparsity.fraction={sparsity}"])]
+        settings = load_config(config, changes)
+        names = list(dict.fromkeys(score or ["zo-grasp-layerwise"]))
+        asked = settings.sparsity.score_options | ({} if queries is None else {"queries": queries})
+        sections = {
+            name: settings.sparsity.model_copy(update={"ratios": name, "score_options": options})
+            for name, options in options_by_score(names, asked).items()
+        }
+        estimator, sample = _subject(config, changes, model, objective, batch)
+        found = {}
+        spent = {}
+        for name, section in sections.items():
+            configured = settings.model_copy(update={"sparsity": section})
+            found[name], spent[name] = scored_ratios(configured, estimator.model, estimator.objective, sample)
+        typer.echo(_ratio_table(found, spent))
+        out.mkdir(parents=True, exist_ok=True)
+        for name, ratios in found.items():
+            ratios.save(out / f"{name}.json")
+        typer.echo(f"ratios in {out}, picture {plot_ratios(found, out / 'ratios.png')}")
+
+
+@app.command()
 def info() -> None:
     """Print versions and what the native part was built with."""
     import numpy
@@ -221,6 +266,22 @@ def _report(folder: Path, outcomes: list[Any]) -> None:
             f"{record['queries']:>12,} {record['queries_per_second']:>10,.0f} {record['seconds']:>8,.1f}"
         )
     typer.echo(f"run folder {folder}, picture {plot_run(folder)}")
+
+
+def _ratio_table(found: Mapping[str, LayerRatios], spent: Mapping[str, int]) -> str:
+    """A row a parameter: for every score the fraction pruned and the number kept."""
+    from .plan import table
+
+    first = next(iter(found.values()))
+    rows = [["parameter", "shape", *(cell for name in found for cell in (name, "kept"))]]
+    for parameter, shape in first.shapes.items():
+        cells = [(f"{r.pruned[parameter]:.4f}", f"{r.kept[parameter]:,}") for r in found.values()]
+        rows.append([parameter, "x".join(map(str, shape)) or "scalar", *(cell for pair in cells for cell in pair)])
+    size = sum(shape.numel() for shape in first.shapes.values())
+    totals = [sum(ratios.kept.values()) for ratios in found.values()]
+    rows.append(["all", f"{size:,}", *(cell for kept in totals for cell in (f"{1 - kept / size:.4f}", f"{kept:,}"))])
+    values = ", ".join(f"{name} {count:,}" for name, count in spent.items())
+    return "\n".join([*table(rows), f"loss values spent: {values}"])
 
 
 def _subject(

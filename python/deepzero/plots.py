@@ -1,12 +1,13 @@
-"""The picture of a run, and of a study."""
+"""The picture of a run, of a study and of layer ratios."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .sparsity import LayerRatios
 from .training.ablate import METRICS, Row, by_label, curves, mean_and_spread
 from .training.callbacks import read_metrics
 from .training.config import FIRST_ORDER
@@ -101,4 +102,28 @@ def plot_ablation(rows: Sequence[Row], target: Path, *, title: str, metric: str 
     axes.grid(alpha=0.3)
     axes.set_title(title, fontsize=10)
     figure.savefig(target, dpi=120, metadata={"Software": None})
+    return target
+
+
+def plot_ratios(ratios: Mapping[str, LayerRatios], target: Path) -> Path:
+    """Draw the fraction pruned of every parameter, several ratios side by side, and return ``target``.
+
+    ``ratios`` maps a label to ratios of one model; parameters that all of them leave whole are left out. Raises
+    ConfigError when matplotlib is missing.
+    """
+    every = list(next(iter(ratios.values())).pruned)
+    names = [name for name in every if any(found.pruned[name] > 0 for found in ratios.values())]
+    figure = new_figure(max(6.0, 2 + 0.12 * len(names) * (1 + len(ratios))), 4.5)
+    axes = figure.subplots()
+    width = 0.8 / len(ratios)
+    for k, (label, found) in enumerate(ratios.items()):
+        places = [place + (k - (len(ratios) - 1) / 2) * width for place in range(len(names))]
+        axes.bar(places, [found.pruned[name] for name in names], width, label=label)
+    axes.set_xticks(range(len(names)), [name.removesuffix(".weight") for name in names], rotation=90, fontsize=8)
+    axes.set_ylabel("fraction pruned")
+    axes.set_ylim(0, 1)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(target, dpi=120)
     return target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,9 @@ POLICIES: dict[str, Callable[..., MaskPolicy]] = {
     "cost-aware": _cost_aware,
 }
 """sparsity.policy -> what makes it; keyword arguments are sparsity.options."""
+
+_RATIO_OPTIONS = ("keep", "least")
+"""Options of :func:`layer_ratios` among sparsity.score_options."""
 
 NAMED_SCORES = {name.replace("_", "-"): score for name, score in SCORES.items()}
 """sparsity.ratios -> score; its keyword arguments, and those of layer_ratios, are sparsity.score_options."""
@@ -229,11 +232,24 @@ def scored_ratios(config: Config, model: nn.Module, objective: Objective, batch:
         raise ConfigError(f"sparsity.ratios = {section.ratios!r} does not suit the model: {refused}") from refused
 
 
+def options_by_score(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each of several scores those of ``options`` that it takes; one that none of them takes is left for all.
+
+    Raises ConfigError for an unknown score.
+    """
+    takes = {}
+    for name in names:
+        score = chosen("sparsity", name, NAMED_SCORES, key="ratios")
+        takes[name] = {*_RATIO_OPTIONS, *inspect.signature(score).parameters}
+    known = set().union(*takes.values())
+    return {name: {k: v for k, v in options.items() if k in takes[name] or k not in known} for name in names}
+
+
 def _score_options(config: Config) -> tuple[Callable[..., Scores], dict[str, Any], dict[str, Any]]:
     """The configured score, and its options apart from those of :func:`layer_ratios`."""
     name, options = str(config.sparsity.ratios), config.sparsity.score_options
     score = chosen("sparsity", name, NAMED_SCORES, key="ratios")
-    for_ratios = {key: value for key, value in options.items() if key in ("keep", "least")}
+    for_ratios = {key: value for key, value in options.items() if key in _RATIO_OPTIONS}
     rest = {key: value for key, value in options.items() if key not in for_ratios}
     reserved = ("model", "objective", "batch")
     checked = checked_options("sparsity", name, score, rest, reserved=reserved, key="score_options")
