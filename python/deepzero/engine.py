@@ -26,7 +26,7 @@ from .estimators.checks import check_loss, selected
 from .fusion import Step, schedule
 from .plan import Route, reach, route
 from .run import run_block
-from .state import cloned_buffers, model_kept, random_state, random_state_kept, set_random_state
+from .state import cloned_buffers, model_kept, one_thread, random_state, random_state_kept, set_random_state
 
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "float32": (torch.float32, torch.float32),
@@ -107,7 +107,7 @@ class Engine:
             named = {f"model.{name}": value for name, value in buffers.items()}
             for name, value in self._elsewhere.items():
                 named[f"model.{name}"] = value.to(self.model.get_parameter(name).dtype)
-            with torch.no_grad(), model_kept(self.model) as written:
+            with torch.no_grad(), one_thread(), model_kept(self.model) as written:
                 result = torch.func.functional_call(bound, named, tuple(bound.tensors))
             if written:
                 raise ObjectiveError(
@@ -142,7 +142,8 @@ class Engine:
         """The float64 base pass, checked against the ordinary forward call; one recapture when they disagree."""
         for attempt in range(2):
             set_random_state(start)
-            values = interpret(graph, self._inputs(bound, graph), exact=True)
+            with one_thread():
+                values = interpret(graph, self._inputs(bound, graph), exact=True)
             base = Base(graph, values, self.dtype)
             # a graph from the cache must match closely; one captured a moment ago may differ by its own rounding
             least, single = torch.finfo(_loss_dtype(graph)).eps, torch.finfo(torch.float32).eps

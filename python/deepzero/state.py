@@ -54,6 +54,17 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch sums in other orders with other numbers of threads; inside, its bits do not depend on the caller's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
 def random_state_kept() -> Iterator[tuple[Any, ...]]:
     """Whatever is drawn inside, the global generators are as before afterwards."""
     state = random_state()
