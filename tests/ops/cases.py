@@ -170,6 +170,8 @@ def channel_batch_norm() -> Iterator[Case]:
     args = test_channel_batch_norm.inputs((2, 4, 2, 8, 8), 1.0, 2) | {"relu": True}
     planes = {name: args[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "y", "gap")}
     yield Case("planes", args | planes, test_channel_batch_norm.by_rerun(args, True)[1])
+    far = args | {"delta": args["delta"] + 1e5}
+    yield Case("a large mean", far, test_channel_batch_norm.by_rerun(far, True)[1])
     args["delta"][1, 0, 0, 0] = math.nan
     yield Case("NaN", args, test_channel_batch_norm.by_rerun(args, True)[1].nan_to_num(0), nan=True)
 
@@ -202,6 +204,8 @@ def dense_batch_norm() -> Iterator[Case]:
     largest = (args["gamma"].double().abs() * args["zc"].double().abs().amax((0, 2, 3)))[:, None, None]
     yield Case("a vanishing variance", args, _VANISHING * largest)
     args = test_dense_batch_norm.inputs((2, 2, 18, 4, 4), 1.0, 2) | {"relu": True}
+    far = args | {"delta": args["delta"] + 1e5}
+    yield Case("a large mean", far, test_dense_batch_norm.by_rerun(far, True, True)[1])
     args["delta"][1, 0, 3, 1, 1] = math.nan
     yield Case("NaN", args, test_dense_batch_norm.by_rerun(args, True, True)[1].nan_to_num(0), nan=True)
 
