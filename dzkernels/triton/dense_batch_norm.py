@@ -159,7 +159,7 @@ def coefficients_of(delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, eps: 
     )
     _finish[(perturbations, strips)](
         delta, zc, var, gamma, parts, coefficients, pixels, channels, chunks, EPS=eps, ROWS=rows, COLUMNS=across,
-        AT_ONCE=16,
+        AT_ONCE=8,
     )  # fmt: skip
     return coefficients
 

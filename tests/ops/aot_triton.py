@@ -136,6 +136,21 @@ CALLS = [
     ),
     *(
         Call(
+            "batch_norm_conv2d",
+            name,
+            (last(*shape, dtype=dtype), empty(*shape[1:])),
+            {"weight": empty(shape[2], shape[2], 3, 3, dtype=dtype), "padding": 1, **normed(*shape)},
+            hot,
+        )
+        for name, shape, dtype, hot in (
+            ("C 64 bf16", (96, 128, 64, 8, 8), BF16, True),
+            ("C 64 f32", (96, 128, 64, 8, 8), torch.float32, True),
+            ("C 16 bf16", RESNET, BF16, True),
+            ("ones", ONES, torch.float32, False),
+        )
+    ),
+    *(
+        Call(
             "channel_linear_cross_entropy",
             f"K {classes}",
             (
