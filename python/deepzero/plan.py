@@ -5,6 +5,7 @@ A plan is plain data and prints as a table.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,6 +79,27 @@ _MIXING = (
 )
 
 
+_VIEWS = frozenset(
+    {
+        operator.getitem,
+        aten.view.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.unbind.int,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.clone.default,
+    }
+)
+"""Ops whose difference lies in the memory of their input's."""
+
+
 def _share(node: fx.Node, shares: dict[fx.Node, float], entries: frozenset[fx.Node]) -> float:
     """The part of a node's value that moves when one entry of a parameter does: a channel, until channels mix."""
     moved = [n for n in node.all_input_nodes if n in shares]
@@ -99,16 +121,23 @@ def peak_bytes(steps: Sequence[Step], starts: Sequence[fx.Node], *, dense: bool,
     entries = frozenset() if dense else frozenset(starts)
     shares = dict.fromkeys(starts, 1.0 if dense else 0.0)
     held: dict[fx.Node, float] = {}
+    owners: dict[fx.Node, fx.Node] = {}  # live value -> the one in whose memory it lies
     alive, peak = 0.0, 0.0
     for step in steps:
         for node in step.nodes:
             if any(n in shares for n in node.all_input_nodes):
                 shares[node] = _share(node, shares, entries)
         out = step.nodes[-1]
-        held[out] = width * _size(out) * shares.get(out, 0.0)
-        alive += held[out]
-        peak = max(peak, alive + held[out])
-        alive -= sum(held.pop(n, 0.0) for n in step.frees)
+        source = out.args[0] if len(step.nodes) == 1 and out.target in _VIEWS else None
+        owners[out] = owners.get(source, out) if isinstance(source, fx.Node) else out
+        if owners[out] is out:
+            held[out] = width * _size(out) * shares.get(out, 0.0)
+            alive += held[out]
+            peak = max(peak, alive + held[out])
+        for node in step.frees:
+            owner = owners.pop(node, None)
+            if owner is not None and owner not in owners.values():
+                alive -= held.pop(owner)
     return max(int(peak), 4)
 
 

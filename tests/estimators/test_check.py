@@ -99,6 +99,25 @@ def test_the_plan_prints_every_parameter() -> None:
     assert f"{1 + sum(p.numel() for p in model().parameters())} queries an estimate in float32" in text
 
 
+def test_the_plan_counts_the_memory_of_a_value_once_however_it_is_viewed() -> None:
+    from deepzero.estimators import CGE
+
+    model, x = nn.Linear(6, 8), torch.randn(5, 6)
+
+    def plain(m: nn.Module, b: torch.Tensor) -> torch.Tensor:
+        return m(b).square().sum()
+
+    def viewed(m: nn.Module, b: torch.Tensor) -> torch.Tensor:
+        left, right = m(b).view(5, 2, 4).transpose(0, 1).unbind()
+        return torch.cat([left.unsqueeze(0), right[None]]).square().sum()
+
+    def joined(m: nn.Module, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([m(b)]).square().sum()
+
+    sizes = [CGE(model, f).plan(x).lines[0].bytes for f in (plain, joined, viewed)]
+    assert sizes[0] <= sizes[1] == sizes[2]
+
+
 def test_the_plan_names_the_kernel_of_each_stretch_and_its_share() -> None:
     from deepzero.estimators import CGE
 
