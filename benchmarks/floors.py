@@ -36,7 +36,7 @@ class Floor:
 
 
 class _Count(TorchDispatchMode):
-    """FLOPs and results of every product of float32 tensors; the base pass is float64."""
+    """FLOPs and results of every product; those of the base pass are in both counts. Some references use float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = getattr(func, "overloadpacket", None)
-        if packet in flop_registry and isinstance(out, Tensor) and out.dtype is torch.float32:
+        if packet in flop_registry and isinstance(out, Tensor) and out.is_floating_point():
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
             self.values += out.numel()
         return out
