@@ -232,7 +232,8 @@ void test_dense_conv2d(int64_t images, int64_t H, int64_t W, int64_t C, int64_t 
   }
   Floats out = poisoned(static_cast<int64_t>(wanted.size()));
   dz::kernels().dense_conv2d(delta.data(), weight.data(), out.data(), images, H, W, C, Ho, Wo, O, ph, pw);
-  compare("dense_conv2d " + dz::isa(), out, wanted, 1e-6 * static_cast<double>(C + 20));
+  // Memory is what this looks at: a wrong element is off by about 1. tests/ops has the bound that rounding obeys.
+  compare("dense_conv2d " + dz::isa(), out, wanted, 1e-3);
 }
 
 void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t W, float scale, bool channels_last,
