@@ -119,6 +119,15 @@ class Case:
         """Coordinates of the mask."""
         return sum(int(m.sum()) for m in self.mask.values())
 
+    @property
+    def device(self) -> torch.device:
+        return self.batch[0].device
+
+    def to(self, device: torch.device | str) -> Case:
+        """The same numbers on another device; the mask stays where it is."""
+        images, labels = (t.to(device) for t in self.batch)
+        return Case(self.work, copy.deepcopy(self.model).to(device), (images, labels), self.mask)
+
     def double(self) -> Case:
         model = copy.deepcopy(self.model).double()
         return Case(self.work, model, (self.batch[0].double(), self.batch[1]), self.mask)

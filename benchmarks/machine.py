@@ -19,34 +19,46 @@ import dzkernels
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def rate(function: Callable[[], Any], work: float, seconds: float = 0.3) -> float:
-    """``work`` per CPU second of the best of at least three calls, after one to warm up."""
-    function()
-    best, began, calls = float("inf"), time.process_time(), 0
-    while calls < 3 or time.process_time() - began < seconds:
-        start = time.process_time()
+def spent(function: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """CPU seconds of this process in one call; on a GPU wall seconds until the GPU is done."""
+    if torch.device(device).type == "cpu":
+        began = time.process_time()
         function()
-        best, calls = min(best, time.process_time() - start), calls + 1
+        return time.process_time() - began
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    function()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def rate(function: Callable[[], Any], work: float, seconds: float = 0.3, device: torch.device | str = "cpu") -> float:
+    """``work`` per second of the best of at least three calls, after one to warm up."""
+    function()
+    best, total, calls = float("inf"), 0.0, 0
+    while calls < 3 or total < seconds:
+        once = spent(function, device)
+        best, total, calls = min(best, once), total + once, calls + 1
     return work / best
 
 
-def matmul_peak(dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of torch.mm."""
-    a, b = torch.randn(2, size, size).to(dtype)
-    out = torch.empty(size, size, dtype=dtype)
-    return rate(lambda: torch.mm(a, b, out=out), 2.0 * size**3)
+def matmul_peak(dtype: torch.dtype, size: int = 1024, device: torch.device | str = "cpu") -> float:
+    """FLOP/s of torch.mm on random values."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    out = torch.empty(size, size, dtype=dtype, device=device)
+    return rate(lambda: torch.mm(a, b, out=out), 2.0 * size**3, device=device)
 
 
-def copy_bandwidth(size: int) -> float:
+def copy_bandwidth(size: int, device: torch.device | str = "cpu") -> float:
     """Bytes read and written per second by a copy between two buffers of ``size`` bytes."""
-    a, b = torch.randn(2, size // 4)
+    a, b = torch.randn(2, size // 4, device=device)
     repeats = max(1, (1 << 24) // size)
 
     def copies() -> None:
         for _ in range(repeats):
             b.copy_(a)
 
-    return rate(copies, 2.0 * size * repeats)
+    return rate(copies, 2.0 * size * repeats, device=device)
 
 
 def ceilings() -> dict[str, float]:
@@ -55,6 +67,15 @@ def ceilings() -> dict[str, float]:
         "bfloat16_flops": matmul_peak(torch.bfloat16),
         "cache_bytes": copy_bandwidth(512 << 10),
         "memory_bytes": copy_bandwidth(256 << 20),
+    }
+
+
+def gpu_ceilings() -> dict[str, float]:
+    """As :func:`ceilings`, for the current GPU, at sizes that fill it; products in float32 without TF32."""
+    return {
+        "float32_flops": matmul_peak(torch.float32, 8192, "cuda"),
+        "bfloat16_flops": matmul_peak(torch.bfloat16, 8192, "cuda"),
+        "memory_bytes": copy_bandwidth(1 << 30, "cuda"),
     }
 
 

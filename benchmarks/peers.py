@@ -1,4 +1,5 @@
-"""The contenders. Each answers the same two questions: its quotients on the sample, and its CPU time per query.
+"""The contenders. Each answers the same two questions: its quotients on the sample, and its time per query
+(:func:`machine.spent`).
 
 A peer's time per query is the mean over the parameters of the mask, weighted by how many of its coordinates each has;
 within a parameter every sampled coordinate counts alike. Work done once per estimate counts once per estimate.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,12 +22,7 @@ from deepzero import CGE, RGE
 from deepzero.estimators.directions import DISTRIBUTIONS
 
 from .cases import DIRECTIONS, MU, Case, Group, every, mask_of, objective
-
-
-def cpu_seconds(function: Callable[[], Any]) -> float:
-    began = time.process_time()
-    function()
-    return time.process_time() - began
+from .machine import spent
 
 
 class Contender(ABC):
@@ -47,6 +42,10 @@ class Contender(ABC):
     def __init__(self, case: Case, groups: Sequence[Group]) -> None:
         self.case, self.groups = case, list(groups)
 
+    def seconds(self, function: Callable[[], Any]) -> float:
+        """The time of one call, as :func:`machine.spent` takes it."""
+        return spent(function, self.case.device)
+
     @abstractmethod
     def first(self) -> None:
         """The smallest useful call, whose first run pays for capture and warm-up."""
@@ -60,7 +59,7 @@ class Contender(ABC):
 
     @abstractmethod
     def round(self) -> float:
-        """CPU seconds per query."""
+        """Seconds per query."""
 
 
 # --- ours
@@ -84,10 +83,10 @@ class Ours(Contender):
         return {g.name: grads[g.name][tuple(g.where.unbind(1))].double() for g in self.groups}
 
     def settle(self, seconds: float) -> None:
-        base, stride = cpu_seconds(self.first), 64
+        base, stride = self.seconds(self.first), 64
         while stride > 1:
-            spent = cpu_seconds(lambda k=stride: self._estimate(every(self.case, k))) - base  # type: ignore[misc]
-            if base + 4 * spent > seconds:  # blocks fill up as the mask grows: this is too much rather than too little
+            above = self.seconds(lambda k=stride: self._estimate(every(self.case, k))) - base  # type: ignore[misc]
+            if base + 4 * above > seconds:  # blocks fill up as the mask grows: this is too much rather than too little
                 break
             stride //= 4
         self.measured, self.whole = (every(self.case, stride), False) if stride > 1 else (self.case.mask, True)
@@ -98,10 +97,10 @@ class Ours(Contender):
         return self.estimator.estimate(self.case.batch, mask).grads
 
     def round(self) -> float:
-        total = cpu_seconds(lambda: self._estimate(self.measured))
+        total = self.seconds(lambda: self._estimate(self.measured))
         if self.whole:
             return total / (self.queries + 1)
-        base = cpu_seconds(self.first)
+        base = self.seconds(self.first)
         return (total - base) / self.queries + base / self.case.count
 
 
@@ -134,15 +133,20 @@ class Loop(Contender):
     def base(self) -> float:
         return objective(self.case.model, self.case.batch).item()
 
+    def forward(self, name: str) -> Callable[[], Tensor]:
+        """What evaluates the loss when the weights of one parameter may have moved."""
+        return lambda: objective(self.case.model, self.case.batch)
+
     @torch.no_grad()
     def losses(self, group: Group) -> list[float]:
-        weights, model, batch, out = self._memory(group.name), self.case.model, self.case.batch, []
+        weights, forward, out = self._memory(group.name), self.forward(group.name), []
         for at in self._offsets(group):
-            before = weights[at].item()
-            weights[at] = before + MU
-            out.append(objective(model, batch).item())
-            weights[at] = before
-        return out
+            entry = weights[at : at + 1]
+            before = entry.clone()
+            entry += MU
+            out.append(forward())
+            entry.copy_(before)
+        return torch.stack(out).tolist()  # type: ignore[no-any-return]
 
     def first(self) -> None:
         self.base()
@@ -153,13 +157,13 @@ class Loop(Contender):
         for group in self.groups:
             flat, at = self._memory(group.name), self._offsets(group)
             step = (flat[at] + MU) - flat[at]  # the step that was really taken
-            out[group.name] = (torch.tensor(self.losses(group), dtype=torch.float64) - base) / step.double()
+            out[group.name] = (torch.tensor(self.losses(group), dtype=torch.float64) - base) / step.double().cpu()
         return out
 
     def round(self) -> float:
-        total = cpu_seconds(self.base) / self.case.count
+        total = self.seconds(self.base) / self.case.count
         for group in self.groups:
-            total += group.share * cpu_seconds(lambda g=group: self.losses(g)) / len(group.where)  # type: ignore[misc]
+            total += group.share * self.seconds(lambda g=group: self.losses(g)) / len(group.where)  # type: ignore[misc]
         return total
 
 
@@ -185,20 +189,17 @@ class Reuse(Loop):
             x = stage.run(x)
         return nn.functional.cross_entropy(x, self.case.batch[1]).item()
 
-    @torch.no_grad()
-    def losses(self, group: Group) -> list[float]:
-        weights, labels, out = self._memory(group.name), self.case.batch[1], []
-        start = self.start[group.name]
+    def forward(self, name: str) -> Callable[[], Tensor]:
+        start, labels = self.start[name], self.case.batch[1]
         rest = [stage.run for stage in self.stages[start:]]
-        for at in self._offsets(group):
-            before = weights[at].item()
-            weights[at] = before + MU
+
+        def run() -> Tensor:
             x = self.inputs[start]
-            for run in rest:
-                x = run(x)
-            out.append(nn.functional.cross_entropy(x, labels).item())
-            weights[at] = before
-        return out
+            for stage in rest:
+                x = stage(x)
+            return nn.functional.cross_entropy(x, labels)
+
+        return run
 
 
 class TorchZero(Loop):
@@ -228,7 +229,7 @@ class TorchZero(Loop):
         total = 0.0
         for group in self.groups:  # a run of neighbours, as torchzero meets them in a whole tensor
             view = self._memory(group.name)[: len(group.where)]
-            total += group.share * cpu_seconds(lambda v=view: self._step([v])) / (len(view) + 1)  # type: ignore[misc]
+            total += group.share * self.seconds(lambda v=view: self._step([v])) / (len(view) + 1)  # type: ignore[misc]
         return total
 
 
@@ -270,7 +271,7 @@ class _Functional(Contender):
         flat = torch.zeros(len(where), dtype=torch.int64)
         for k, size in enumerate(shape):
             flat = flat * size + where[:, k]
-        return flat
+        return flat.to(self.case.device)
 
     def _full(self, group: Group, chunk: int) -> Tensor:
         """As many of the mask's coordinates as one chunk takes."""
@@ -283,7 +284,7 @@ class _Functional(Contender):
         if self.tuned:
             group = max(self.groups, key=lambda g: g.share)
             trials = {c: self._full(group, c) for c in (1, 4, 16, 64, 256) if c <= 4 * self.case.work.chunk}
-            cost = {c: cpu_seconds(lambda f=f, c=c: self._many(group.name, f, c)) / len(f) for c, f in trials.items()}  # type: ignore[misc]
+            cost = {c: self.seconds(lambda f=f, c=c: self._many(group.name, f, c)) / len(f) for c, f in trials.items()}  # type: ignore[misc]
             self.chunk = min(cost, key=cost.__getitem__)
         self.queries = sum(len(self._full(g, self.chunk)) for g in self.groups)
         self.how = f"chunks of {self.chunk}, one for each of {len(self.groups)} tensors"
@@ -292,7 +293,7 @@ class _Functional(Contender):
         total = 0.0
         for group in self.groups:
             flat = self._full(group, self.chunk)
-            total += group.share * cpu_seconds(lambda g=group, f=flat: self._many(g.name, f, self.chunk)) / len(flat)  # type: ignore[misc]
+            total += group.share * self.seconds(lambda g=group, f=flat: self._many(g.name, f, self.chunk)) / len(flat)  # type: ignore[misc]
         return total
 
 
@@ -311,7 +312,7 @@ class Vmap(_Functional):
 
     def _one(self, name: str, at: Tensor) -> Tensor:
         p = self.parameters[name]
-        moved = p.reshape(-1) + MU * (torch.arange(p.numel()) == at)
+        moved = p.reshape(-1) + MU * (torch.arange(p.numel(), device=p.device) == at)
         return self._loss(name, moved.view(p.shape))
 
     @torch.no_grad()
@@ -336,7 +337,7 @@ class ForwardMode(_Functional):
 
     def _one(self, name: str, at: Tensor) -> Tensor:
         p = self.parameters[name]
-        tangent = (torch.arange(p.numel()) == at).to(p.dtype).view(p.shape)
+        tangent = (torch.arange(p.numel(), device=p.device) == at).to(p.dtype).view(p.shape)
         return jvp(lambda value: self._loss(name, value), (p,), (tangent,))[1]  # type: ignore[no-any-return]
 
     def quotients(self) -> dict[str, Tensor]:
@@ -368,7 +369,7 @@ class Backprop(Contender):
         return {g.name: grads[g.name][tuple(g.where.unbind(1))].double() for g in self.groups}
 
     def round(self) -> float:
-        return cpu_seconds(self._grads) / self.case.count
+        return self.seconds(self._grads) / self.case.count
 
 
 # --- random directions
@@ -399,7 +400,7 @@ class RandomLoop(Contender):
         return {name: grads[name][self.case.mask[name]].double() for name in self.parameters}
 
     def round(self) -> float:
-        return cpu_seconds(self.estimate) / (self.directions + 1)
+        return self.seconds(self.estimate) / (self.directions + 1)
 
     @torch.no_grad()
     def estimate(self) -> dict[str, Tensor]:
@@ -451,7 +452,7 @@ class OursRandom(Contender):
         return {name: grad[self.case.mask[name]].double() for name, grad in self._estimate().items()}
 
     def round(self) -> float:
-        return cpu_seconds(self._estimate) / (DIRECTIONS + 1)
+        return self.seconds(self._estimate) / (DIRECTIONS + 1)
 
 
 class OursRandomHalf(OursRandom):

@@ -69,7 +69,7 @@ def serve(
         except EOFError:
             return
         try:
-            pipe.send(("ok", _plain(commands[command]())))
+            pipe.send(("ok", plain(commands[command]())))
         except Exception:
             pipe.send(("failed", traceback.format_exc()))
 
@@ -89,7 +89,7 @@ def _start(work: Work, key: tuple[str, str, str] | None, setting: str) -> tuple[
     contender = kind(case, groups)
     contender.first()
     spent = time.process_time() - began
-    return contender, max(0.0, spent - peers.cpu_seconds(contender.first))
+    return contender, max(0.0, spent - contender.seconds(contender.first))
 
 
 class _Reference(peers.Contender):
@@ -107,9 +107,9 @@ class _Reference(peers.Contender):
         }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tensors as arrays: pipes would hand tensors over as shared memory, which dies with its process."""
-    return pytree.tree_map(lambda v: v.numpy() if isinstance(v, Tensor) else v, value)
+    return pytree.tree_map(lambda v: v.cpu().numpy() if isinstance(v, Tensor) else v, value)
 
 
 def _resident() -> float:
