@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from deepzero import sparsity
 from deepzero.errors import ObjectiveError, StepError
+from deepzero.estimators import CGE
 from deepzero.sparsity import SCORES, layer_ratios
 from untouched import assert_same, snapshot
 
@@ -264,3 +265,42 @@ def test_bad_steps_and_seeds_are_refused() -> None:
 def test_synflow_needs_a_floating_input(score: Any) -> None:
     with pytest.raises(ObjectiveError, match=r"this batch has none\. Use another score"):
         score(nn.Embedding(3, 2), objective, torch.zeros(4, dtype=torch.int64))
+
+
+def test_the_engine_estimates_at_other_weights_and_then_at_the_models_own() -> None:
+    model = network().double()
+    estimator = CGE(model, objective, precision="float64")
+    data = batch(torch.float64)
+    own = estimator.estimate(data)
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.add_(0.1)
+    with estimator.engine.at(dict(moved.named_parameters())):
+        there = estimator.estimate(data)
+    wanted = CGE(moved, objective, precision="float64").estimate(data)
+    assert there.loss == wanted.loss != own.loss
+    assert all(torch.equal(there.grads[n], wanted.grads[n]) for n in wanted.grads)
+    again = estimator.estimate(data)
+    assert again.loss == own.loss
+    assert all(torch.equal(again.grads[n], own.grads[n]) for n in own.grads)
+
+
+def test_a_model_that_runs_whole_is_scored_too() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) if float(x.sum()) < 1e6 else x
+
+    torch.manual_seed(0)
+    model = Branching()
+    data = (torch.randn(6, 3), torch.arange(6) % 2)
+    for score in (sparsity.zo_grasp, sparsity.zo_grasp_layerwise, sparsity.zo_grasp_cge):
+        with pytest.warns(UserWarning, match="runs whole"):
+            whole = flat(score(model, objective, data))
+        captured = flat(score(model.inner, objective, data))
+        # rounding of float32 gradients, divided by mu, against scores of about the gradient's size
+        assert float((whole - captured).norm() / captured.norm()) < 1e-3
