@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,7 +48,15 @@ def _refuse_triton(device: torch.device | None, dtype: torch.dtype | None) -> st
             return "torch sees no CUDA device"
         if device is not None and device.type != "cuda":
             return f"the tensors are on {device}"
+        if not _has_compiler():
+            return "triton finds no C compiler: install gcc or set CC"
     return _refuse_dtype(dtype)
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    """For the launchers that Triton builds when a kernel first runs."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def _refuse_cpu(device: torch.device | None, dtype: torch.dtype | None) -> str | None:

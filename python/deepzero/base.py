@@ -113,6 +113,15 @@ class Layouts:
     def planes(self) -> Tensor:
         return self._get("planes", lambda v: v.transpose(0, 1).contiguous().transpose(0, 1))
 
+    @property
+    def made(self) -> dict[str, Tensor]:
+        """The layouts that were asked for, by name."""
+        return dict(self._made)
+
+    def take(self, other: Layouts) -> None:
+        """Make layouts that are still to come from the value of ``other``."""
+        self._value = other._value
+
     def _get(self, name: str, lay: Callable[[Tensor], Tensor]) -> Tensor:
         if name not in self._made:
             self._made[name] = lay(self._value.to(self._dtype))

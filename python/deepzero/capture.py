@@ -336,3 +336,7 @@ class Cache:
 
     def __contains__(self, bound: Bound) -> bool:
         return key_of(bound) in self._entries
+
+    def graphs(self) -> set[Graph]:
+        """Those that may be asked for again."""
+        return {entry.graph for entry in self._entries.values() if entry.graph is not None}

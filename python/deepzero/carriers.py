@@ -112,7 +112,18 @@ def select(base: Tensor, dim: int, channel: Tensor) -> Tensor:
 
 
 def same_channel(a: OneChannel, b: OneChannel) -> bool:
-    return a.dim == b.dim and (a.channel is b.channel or torch.equal(a.channel, b.channel))
+    """Whether both lie in the same channels. Values are compared on a CPU only: elsewhere looking means waiting."""
+    if a.dim != b.dim or a.channel is b.channel:
+        return a.dim == b.dim
+    if a.channel.is_cpu:
+        return torch.equal(a.channel, b.channel)
+    same_memory = a.channel.data_ptr() == b.channel.data_ptr() and a.channel.stride() == b.channel.stride()
+    return same_memory and a.channel.shape == b.channel.shape
+
+
+def occurs(rare: Tensor) -> bool:
+    """Whether a case that takes extra work is among these flags; taken for granted where looking means waiting."""
+    return not rare.is_cpu or bool(rare.any())
 
 
 def add(a: Carrier, b: Carrier) -> Carrier:

@@ -6,11 +6,12 @@ call and the clones handed back, so that an exception or Ctrl-C at any point lea
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,12 +20,13 @@ from torch import Tensor, fx, nn
 
 from .base import Base, interpret
 from .capture import Bound, Cache, Graph
-from .carriers import Carrier
-from .errors import CaptureError, ObjectiveError, StepError
+from .carriers import Carrier, OneEntry
+from .errors import CaptureError, DeviceError, ObjectiveError, StepError
 from .estimators.base import Mask, Objective
 from .estimators.checks import check_loss, selected
 from .fusion import Step, schedule
-from .plan import Route, reach, route
+from .plan import Route, budget, in_pieces, reach, route
+from .replay import Device, Replayer, device_for
 from .run import run_block
 from .state import cloned_buffers, model_kept, one_thread, random_state, random_state_kept, set_random_state
 
@@ -83,6 +85,8 @@ class Engine:
         self._joint: WeakKeyDictionary[Graph, dict[tuple[str, ...], tuple[Step, ...]]] = WeakKeyDictionary()
         self._warned: set[str] = set()
         self._elsewhere: dict[str, Tensor] = {}
+        self._device: Device | None = None
+        self._replayer: Replayer | None = None
 
     @contextmanager
     def at(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -101,6 +105,7 @@ class Engine:
     @contextmanager
     def prepared(self, batch: Any) -> Iterator[Prepared]:
         """Run the base loss and the base pass; the global random state is back as it was on exit."""
+        self._settle()
         with random_state_kept() as start:
             bound = Bound(self.model, self.objective, batch)
             buffers = cloned_buffers(self.model)
@@ -108,7 +113,11 @@ class Engine:
             for name, value in self._elsewhere.items():
                 named[f"model.{name}"] = value.to(self.model.get_parameter(name).dtype)
             with torch.no_grad(), one_thread(), model_kept(self.model) as written:
-                result = torch.func.functional_call(bound, named, tuple(bound.tensors))
+                try:
+                    result = torch.func.functional_call(bound, named, tuple(bound.tensors))
+                except RuntimeError as error:
+                    _check_places(bound, error)
+                    raise
             if written:
                 raise ObjectiveError(
                     f"the forward pass writes the parameter {written[0]!r} in place (nn.Embedding with max_norm does), "
@@ -125,8 +134,31 @@ class Engine:
                 yield Prepared(loss, None, whole, reason, moved, after, 0.0)
                 return
             base = self._base_pass(bound, graph, loss, start, known=known)
+            if self._replayer is not None:
+                base = self._replayer.hold(base, self._cache.graphs())
             seconds = 0.0 if known else time.perf_counter() - began
             yield Prepared(loss, base, None, "", moved, after, seconds)
+
+    def _settle(self) -> None:
+        """See where the parameters lie and what that device can do; a model on several devices is not replayed."""
+        places = {p.device for p in self.model.parameters()}
+        where = places.pop() if len(places) == 1 else torch.device("cpu")
+        if self._device is None or self._device.where != where:
+            self._device, self._replayer = device_for(where), None
+        if self._device is None:
+            return
+        if self.operands is torch.bfloat16 and not self._device.bfloat16():
+            raise DeviceError(
+                f"precision='bfloat16' needs a device that multiplies in bfloat16, and {where} does not. "
+                "Use precision='float32'."
+            )
+        if self._replayer is None:
+            self._replayer = Replayer(self._device, self.run)
+        self._replayer.record = os.environ.get("DZ_REPLAY") != "0"
+
+    def budget(self) -> int:
+        """Bytes that the differences of one block may take."""
+        return budget(self._device)
 
     def _inputs(self, bound: Bound, graph: Graph) -> dict[fx.Node, Any]:
         parameters, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
@@ -186,7 +218,8 @@ class Engine:
     def route(self, graph: Graph, name: str) -> Route:
         known = self._routes.setdefault(graph, {})
         if name not in known:
-            known[name] = route(graph, name, self.model.get_parameter(name), self.block, self.operands.itemsize)
+            shape = self.model.get_parameter(name).shape
+            known[name] = route(graph, name, shape, self.block, self.operands.itemsize, self._device)
         return known[name]
 
     def joint_steps(self, graph: Graph, names: Sequence[str]) -> tuple[Step, ...]:
@@ -206,6 +239,36 @@ class Engine:
         """Loss differences [P] float64 when the named parameters move as given."""
         seeds = {node: c for name, c in moved.items() for node in base.graph.placeholders(name)}
         return run_block(base, steps, seeds, count, operands=self.operands, strict=self.strict, observe=observe)
+
+    def differences(self, base: Base, name: str, where: Tensor, step: float) -> Tensor:
+        """Loss differences [n] float64 when each coordinate of where [n, rank] of one parameter moves by ``step``.
+
+        Blocks get smaller, for good, when the device has no memory for one; :class:`DeviceError` when none is left.
+        """
+        route = self.route(base.graph, name)
+
+        def run(start: int, stop: int) -> Tensor:
+            part = where[start:stop]
+            if self._replayer is not None:
+                return self._replayer.differences(base, route, part, step)
+            steps = torch.full((len(part),), step, dtype=self.dtype, device=part.device)
+            return self.run(base, route.steps, {name: OneEntry(route.shape, part, steps)}, len(part))
+
+        losses, fits = in_pieces(len(where), route.block, run, f"blocks of {name!r}")
+        if fits < route.block:
+            self._routes[base.graph][name] = replace(route, block=fits)
+        return losses
+
+
+def _check_places(bound: Bound, error: RuntimeError) -> None:
+    """Raise :class:`DeviceError` if the forward pass failed with model and batch on different devices."""
+    model = {str(t.device) for t in (*bound.model.parameters(), *bound.model.buffers())}
+    batch = {str(t.device) for t in bound.tensors}
+    if len(model | batch) > 1 and not isinstance(error, torch.OutOfMemoryError):
+        raise DeviceError(
+            f"the forward pass failed with the model on {', '.join(sorted(model)) or 'no device'} and the batch on "
+            f"{', '.join(sorted(batch)) or 'no device'}: {error}. Move both to one device with .to(device)."
+        ) from error
 
 
 def _loss_dtype(graph: Graph) -> torch.dtype:

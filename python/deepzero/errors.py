@@ -31,6 +31,10 @@ class NoRuleError(DeepZeroError, RuntimeError):
     """An operator has no difference rule and ``strict`` forbids the slow exact fallback."""
 
 
+class DeviceError(DeepZeroError, RuntimeError):
+    """A device cannot do what is asked: no memory for one query, a dtype it lacks, tensors that lie elsewhere."""
+
+
 class BudgetError(DeepZeroError, RuntimeError):
     """The next estimate would exceed the query budget; it was not started."""
 

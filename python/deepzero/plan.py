@@ -5,22 +5,32 @@ A plan is plain data and prints as a table.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from .capture import Graph
+from .errors import DeviceError
 from .fusion import Step, schedule
 from .run import has_rule
 
+if TYPE_CHECKING:
+    from .replay import Device
+
+log = logging.getLogger("deepzero")
 aten = torch.ops.aten
 
-MEMORY = {"cpu": 24 << 20, "cuda": 2 << 30}
-"""Bytes that the differences of one block may take, by device: on a CPU they should stay near the caches."""
+MEMORY = 24 << 20
+"""Bytes that the differences of one block may take on a CPU: they should stay near the caches."""
+
+FRACTION = 0.5
+"""Of the free memory of another device. The rest is for the next base pass, temporaries and what is saved for rules."""
 
 MOST = 1024
 """Most perturbations of a block: enough to hide the cost of a call, few enough to keep small values in cache."""
@@ -141,13 +151,51 @@ def peak_bytes(steps: Sequence[Step], starts: Sequence[fx.Node], *, dense: bool,
     return max(int(peak), 4)
 
 
-def route(graph: Graph, name: str, parameter: Tensor, block: int | None, width: int) -> Route:
-    """The route of one parameter; ``block`` overrides the size that memory suggests at ``width`` bytes a value."""
+def budget(device: Device | None) -> int:
+    """Bytes that the differences of one block may take; None is a CPU."""
+    return MEMORY if device is None else int(FRACTION * device.free())
+
+
+def route(graph: Graph, name: str, shape: Sequence[int], block: int | None, width: int, device: Device | None) -> Route:
+    """The route of one parameter; ``block`` overrides the size that memory suggests at ``width`` bytes a value.
+
+    Off the CPU that is a power of two, which does not follow every little change of the free memory.
+    """
     suffix = reach(graph, [name])
     steps = schedule(suffix, graph.loss)
     need = peak_bytes(steps, graph.placeholders(name), dense=False, width=width)
-    budget = MEMORY.get(parameter.device.type, MEMORY["cpu"])
-    return Route(name, tuple(parameter.shape), suffix, steps, need, block or max(1, min(budget // need, MOST)))
+    fits = max(1, min(budget(device) // need, MOST))
+    if device is not None:
+        fits = 1 << (fits.bit_length() - 1)
+    return Route(name, tuple(shape), suffix, steps, need, block or fits)
+
+
+def in_pieces(count: int, size: int, run: Callable[[int, int], Tensor], what: str) -> tuple[Tensor, int]:
+    """``run(start, stop)`` over ``count`` perturbations, at most ``size`` at once and half as many when memory is out.
+
+    Returns the results one after the other and the size that fits; :class:`DeviceError` when not even one does.
+    """
+    results: list[Tensor] = []
+    done, fits, refused = 0, size, ""
+    while done < count:
+        stop = min(done + fits, count)
+        try:
+            results.append(run(done, stop))
+        except torch.OutOfMemoryError as error:
+            refused = (str(error).splitlines() or ["out of memory"])[0]
+        else:
+            done = stop
+            continue
+        # not in the except clause: the traceback holds what the attempt had allocated
+        if stop - done == 1:
+            raise DeviceError(
+                f"{what}: the device has no memory for one perturbation ({refused}). Use a smaller batch, "
+                "precision='bfloat16', or free what else lies on it."
+            )
+        fits = (stop - done) // 2
+    if fits < size:
+        log.warning("%s: no memory for %d perturbations at once (%s); going on with %d", what, size, refused, fits)
+    return results[0] if len(results) == 1 else torch.cat(results), fits
 
 
 @dataclass

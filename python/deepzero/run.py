@@ -163,22 +163,25 @@ def run_block(
     block = Block(base, count, operands=operands or base.dtype, strict=strict)
     block.differences.update(seeds)
     loss = base.graph.loss
-    with torch.no_grad(), no_autocast():
-        for step in steps:
-            carrier = step.apply(block) if step.apply is not None else None
-            fused = carrier is not None
-            if carrier is not None:
-                block.differences[step.nodes[-1]] = carrier
-            else:
-                for node in step.nodes:
-                    carrier = block.follow(node)
-                    if carrier is not Zero:
-                        block.differences[node] = carrier
-            if observe is not None:
-                observe(step, carrier, fused)
-            for source in step.frees:
-                block.differences.pop(source, None)
-    final = block.d(loss)
+    try:
+        with torch.no_grad(), no_autocast():
+            for step in steps:
+                carrier = step.apply(block) if step.apply is not None else None
+                fused = carrier is not None
+                if carrier is not None:
+                    block.differences[step.nodes[-1]] = carrier
+                else:
+                    for node in step.nodes:
+                        carrier = block.follow(node)
+                        if carrier is not Zero:
+                            block.differences[node] = carrier
+                if observe is not None:
+                    observe(step, carrier, fused)
+                for source in step.frees:
+                    block.differences.pop(source, None)
+        final = block.d(loss)
+    finally:
+        block.differences.clear()  # what remakes a saved base value (HeldBase) still knows the block
     if final is Zero:
         return torch.zeros(count, dtype=torch.float64, device=_device(base))
     return dense(final).reshape(count).double()

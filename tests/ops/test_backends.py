@@ -121,6 +121,27 @@ def test_available_backends_are_in_order_and_end_with_the_reference() -> None:
     assert names[-2:] == ("cpu", "reference")
 
 
+def test_triton_without_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    device = torch.device("cuda", 0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    backends._has_compiler.cache_clear()
+    try:
+        with (
+            dzkernels.use_backend("triton"),
+            pytest.raises(dzkernels.BackendError, match="'triton' was requested but triton finds no C compiler"),
+        ):
+            backends.choose("conv2d_tap", device, torch.float32)
+        backends._has_compiler.cache_clear()
+        monkeypatch.setenv("CC", "cc")
+        assert backends._refuse_triton(device, torch.float32) is None
+    finally:
+        backends._has_compiler.cache_clear()
+
+
 def test_cuda_tensors_fall_back_in_order(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Without a GPU only the choice can be tested: refusals are stubbed, the order and the message are real."""
     device = torch.device("cuda", 0)

@@ -47,8 +47,7 @@ class CGE(EngineEstimator):
                 continue
 
             def differences(step: float, part: Tensor = part) -> Tensor:
-                steps = torch.full((len(part),), step, dtype=engine.dtype, device=part.device)
-                return engine.run(base, route.steps, {name: OneEntry(route.shape, part, steps)}, len(part))
+                return engine.differences(base, name, part, step)
 
             # the step a difference starts from is mu rounded to the query dtype; divide by that very number
             realised = float(torch.tensor(self.mu, dtype=engine.dtype))

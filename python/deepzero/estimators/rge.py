@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..carriers import Dense
 from ..engine import Prepared
-from ..plan import MEMORY, peak_bytes
+from ..plan import in_pieces, peak_bytes
 from .base import Objective
 from .checks import check_finite
 from .directions import Directions
@@ -84,7 +84,11 @@ class RGE(EngineEstimator):
         drawn = self.directions.draw(len(total), self.estimates)
         while rows := list(itertools.islice(drawn, block)):
             u = torch.stack(rows).to(device)
-            slope = self._quotients(functools.partial(self._differences, ready, selected, u))
+
+            def slopes(start: int, stop: int, u: Tensor = u) -> Tensor:
+                return self._quotients(functools.partial(self._differences, ready, selected, u[start:stop]))
+
+            slope, block = in_pieces(len(u), block, slopes, "blocks of random directions")
             if not bool(slope.isfinite().all()):
                 check_finite(float("nan"), f"along a random direction with mu={self.mu:g}")
             total += slope @ u.double()
@@ -103,8 +107,7 @@ class RGE(EngineEstimator):
         starts = [node for name in names for node in graph.placeholders(name)]
         weights = 4 * sum(self.model.get_parameter(name).numel() for name in names)
         need = 3 * weights + peak_bytes(self.engine.joint_steps(graph, names), starts, dense=True)
-        device = self.model.get_parameter(names[0]).device.type
-        return max(1, min(self.directions.count, MEMORY.get(device, MEMORY["cpu"]) // need))
+        return max(1, min(self.directions.count, self.engine.budget() // need))
 
     def _differences(self, ready: Prepared, selected: dict[str, Tensor], u: Tensor, step: float) -> Tensor:
         """Loss differences [P] in float64 at w + step u."""

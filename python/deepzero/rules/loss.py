@@ -65,7 +65,7 @@ def plain_labels(run: Block, node: Any) -> tuple[tuple[Tensor | None, Tensor | N
     return q, log_p
 
 
-def _targets(run: Block, node: Any, logits: Tensor, k: int) -> tuple[Any, Tensor, float]:
+def _targets(run: Block, node: Any, logits: Tensor, k: int) -> tuple[Any, Tensor, Tensor | float]:
     """(labels and their scale, or coefficients q [M, K]), log p [M, K], and what a mean divides by."""
     target, weight = run.exact(node.args[1]), run.exact(_argument(node, 2, None))
     ignore, smoothing = _argument(node, 4, -100), _argument(node, 5, 0.0)
@@ -80,7 +80,7 @@ def _targets(run: Block, node: Any, logits: Tensor, k: int) -> tuple[Any, Tensor
     used = label != ignore
     label = label.clamp(min=0).where(used, 0)
     scale = w[label] * used
-    norm = float(scale.sum())
+    norm = scale.sum()
     if smoothing:
         hot = torch.nn.functional.one_hot(label, classes).double()
         return ((1 - smoothing) * hot + smoothing / classes) * w * used[:, None], log_p, norm

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 import dzkernels
 
-from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, select
+from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, occurs, select
 from .table import aten, rule
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def normalised(dz: Tensor, zc: Tensor, var: Tensor, eps: float, dims: Sequence[i
     dvar = (dzc * (2 * zc + dzc)).mean(dims, keepdim=True, dtype=torch.float64)
     cancels = var + dvar < 1e-2 * var
     after = var + dvar + eps
-    if bool(cancels.any()):
+    if occurs(cancels):
         after = torch.where(cancels, ((zc + dzc) ** 2).mean(dims, keepdim=True, dtype=torch.float64) + eps, after)
         dvar = torch.where(cancels, after - eps - var, dvar)
     s, s_after = (var + eps).sqrt(), after.sqrt()

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 import dzkernels
 
-from ..carriers import Dense, Zero, dense
+from ..carriers import Dense, Zero, dense, occurs
 from .table import aten, discrete, pointwise, rule
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def quadrature(dz: Tensor, z: Tensor, f: Callable[[Tensor], Tensor], df: Callabl
     total = sum(w * df(z + t * dz) for t, w in zip(_NODES, _WEIGHTS, strict=True))
     out = dz * total
     far = dz.abs() > (0.25 if dz.dtype is torch.float32 else 1 / 64)
-    if bool(far.any()):
+    if occurs(far):
         out = torch.where(far, (f(z.double() + dz.double()) - f(z.double())).to(dz.dtype), out)
     return out
 

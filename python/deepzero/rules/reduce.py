@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel
+from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, occurs, one_channel
 from .pointwise import absolute, power
 from .table import aten, rule
 
@@ -93,7 +93,7 @@ def extremum_with_index(run: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
     moved = _gap(run, node, [dim], largest) + values
     best, where = (moved.max if largest else moved.min)(dim + 1, keepdim=keep)
     jump = (where - run.exact(node)[1]).to(run.dtype)
-    return Dense(best), Dense(jump) if bool(jump.any()) else Zero
+    return Dense(best), Dense(jump) if occurs(jump != 0) else Zero
 
 
 @rule(aten.argmax.default, aten.argmin.default)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 import dzkernels
 
-from ..carriers import Carrier, Dense, dense
+from ..carriers import Carrier, Dense, dense, occurs
 from .table import aten, rule
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def log_sum_exp(dz: Tensor, p: Tensor, dim: int) -> Tensor:
     small = torch.log1p((p * torch.expm1(dz)).sum(dim, keepdim=True))
     top = dz.amax(dim, keepdim=True)
     far = dz.abs().amax(dim, keepdim=True) > 1
-    if bool(far.any()):
+    if occurs(far):
         shifted = top + (p * torch.exp(dz - top)).sum(dim, keepdim=True).log()
         return torch.where(far, shifted, small)
     return small
