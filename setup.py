@@ -39,6 +39,7 @@ OPS = (
     "softmax_difference",
     "attention_difference",
     "mlp_difference",
+    "linear_difference",
 )
 LEVEL_SOURCES = ("table", *OPS)  # in csrc/cpu, compiled once per instruction set level
 PLAIN_SOURCES = ("module", "cpu/dispatch")

@@ -112,6 +112,14 @@ def _mlp(p: int, r: int, m: int, h: int) -> Any:
     return (delta, torch.randn(h, m) / m**0.5, torch.randn(r, h), torch.randn(m, h) / h**0.5), {}
 
 
+def _linear(p: int, r: int, k: int, m: int, norm: bool) -> Any:
+    delta, zc = _rows(p, r, k)
+    weight, one = torch.randn(m, k) / k**0.5, torch.ones(r, dtype=torch.float64)
+    if norm:
+        return (delta, weight, None, dzkernels.RowNorm(zc, one, torch.ones(k), 1e-5)), {}
+    return (delta, weight, 1e-2 * torch.randn(p, r, m)), {}
+
+
 def _products(p: int, n: int, c: int, size: int) -> float:
     return 2.0 * 9 * p * n * c * size**2
 
@@ -143,6 +151,15 @@ KERNELS = (
     Kernel("gelu_difference", "W4, P 4", lambda: (_rows(4, 1024, 384), {})),
     Kernel("layer_norm_difference", "W4, P 16", lambda: _layer_norm(16, 1024, 96)),
     Kernel("mlp_difference", "W4, P 8", lambda: _mlp(8, 1024, 96, 384), 4.0 * 8 * 1024 * 96 * 384),
+    Kernel(
+        "linear_difference", "W4 norm and qkv, P 8", lambda: _linear(8, 1024, 96, 288, True), 2.0 * 8 * 1024 * 96 * 288
+    ),
+    Kernel(
+        "linear_difference",
+        "W4 projection and residual, P 8",
+        lambda: _linear(8, 1024, 96, 96, False),
+        2.0 * 8 * 1024 * 96 * 96,
+    ),
     Kernel("softmax_difference", "W4 attention, P 4", lambda: _softmax(4, 16 * 3 * 64, 64)),
     Kernel("attention_difference", "W4, P 4", lambda: _attention(4, 16 * 3, 64, 32), 8.0 * 4 * 48 * 64**2 * 32),
 )

@@ -78,3 +78,15 @@ def mlp_difference(
     /,
     *sizes: int,
 ) -> None: ...
+def linear_difference(
+    delta: int,
+    zc: int,
+    var: int,
+    gamma: int,
+    weight: int,
+    residual: int,
+    out: int,
+    eps: float,
+    /,
+    *sizes: int,
+) -> None: ...

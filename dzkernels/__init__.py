@@ -17,6 +17,7 @@ from .ops import (
     dense_conv2d,
     gelu_difference,
     layer_norm_difference,
+    linear_difference,
     mlp_difference,
     softmax_difference,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "gelu_difference",
     "keep_freed_memory",
     "layer_norm_difference",
+    "linear_difference",
     "mlp_difference",
     "softmax_difference",
     "use_backend",

@@ -29,6 +29,7 @@ OPS = (
     "softmax_difference",
     "attention_difference",
     "mlp_difference",
+    "linear_difference",
 )
 
 Pair = int | Sequence[int]
@@ -637,7 +638,7 @@ def mlp_difference(
     op = "mlp_difference"
     check.of_dtype(op, "delta", delta, check.FLOATS)
     check.of_shape(op, "delta", delta, (None, None, None), "[P, R, K]")
-    perturbations, rows, width = delta.shape
+    _, rows, width = delta.shape
     _base_values(op, "up", up, delta)
     check.of_shape(op, "up", up, (None, width), "[H, K]")
     hidden = up.shape[0]
@@ -647,32 +648,88 @@ def mlp_difference(
     check.of_shape(op, "down", down, (None, hidden), "[M, H]")
     if 0 in (width, hidden, down.shape[0]):
         raise ValueError(f"dz::{op}: up and down must be non-empty, got {check.shape(up)} and {check.shape(down)}")
-    if norm is not None:
-        _base_values(op, "norm.zc", norm.zc, delta)
-        check.of_shape(op, "norm.zc", norm.zc, (rows, width), "[R, K]")
-        check.of_dtype(op, "norm.var", norm.var, (torch.float64,))
-        check.of_shape(op, "norm.var", norm.var, (rows,), "[R]")
-        if norm.gamma is not None:
-            check.of_dtype(op, "norm.gamma", norm.gamma, (torch.float32, torch.float64))
-            check.of_shape(op, "norm.gamma", norm.gamma, (width,), "[K]")
-    if residual is not None:
-        check.of_dtype(op, "residual", residual, check.FLOATS)
-        check.of_shape(op, "residual", residual, (perturbations, rows, down.shape[0]), "[P, R, M]")
-        check.same_device(op, "residual", residual, "delta", delta)
-        if delta.dtype != torch.float64 and residual.dtype not in (torch.float32, torch.bfloat16):
-            residual = residual.to(torch.float32)
+    _row_norm(op, norm, delta)
+    residual = _residual(op, residual, delta, down.shape[0])
     if approximate not in ("none", "tanh"):
         raise ValueError(f"dz::{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
-    if out_dtype is None:
-        out_dtype = delta.dtype
-    elif out_dtype not in check.FLOATS:
-        raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
-    if operands is None:
-        operands = delta.dtype
-    elif operands not in check.FLOATS:
-        raise TypeError(f"dz::{op}: operands must be a floating-point dtype, got {operands}")
-    options = {"approximate": approximate, "operands": operands, "out_dtype": out_dtype}
+    options = {"approximate": approximate, **_product_dtypes(op, delta, operands, out_dtype)}
     return backends.run(op, delta, delta, up, z, down, residual, norm, **options)
+
+
+def linear_difference(
+    delta: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    norm: RowNorm | None = None,
+    *,
+    operands: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Change of a linear layer, with the layer norm before it and the sum after it, when its input moves.
+
+    out[p] = residual[p] + d weight^T
+    d = delta[p], or with a norm layer_norm_difference(delta, *norm)[p]
+
+    delta     [P, R, K]  R rows: samples and tokens
+    weight    [M, K]     float64 for a float64 delta, else float32
+    residual  [P, R, M]  difference that is added, any floating-point dtype; None means 0
+    norm      zc [R, K], var [R] float64, gamma [K] or None, eps; None means there is none
+    result    [P, R, M]  contiguous
+
+    The result has the dtype of delta unless out_dtype is given, and so have the operands of the product.
+
+    Exactness: float32 arithmetic; inner products run in order: off by at most K roundings of |d| |weight|^T and one of
+    the result, besides what d is off by. With operands=torch.bfloat16 d and the weight are rounded to it once, and sums
+    stay float32.
+    Cost: 2 R K M operations a perturbation; reads delta and the residual, writes the result.
+    """
+    op = "linear_difference"
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    check.of_shape(op, "delta", delta, (None, None, None), "[P, R, K]")
+    _base_values(op, "weight", weight, delta)
+    check.of_shape(op, "weight", weight, (None, delta.shape[2]), "[M, K]")
+    if 0 in weight.shape:
+        raise ValueError(f"dz::{op}: weight must be non-empty, got {check.shape(weight)}")
+    _row_norm(op, norm, delta)
+    residual = _residual(op, residual, delta, weight.shape[0])
+    options = _product_dtypes(op, delta, operands, out_dtype)
+    return backends.run(op, delta, delta, weight, residual, norm, **options)
+
+
+def _row_norm(op: str, norm: RowNorm | None, delta: Tensor) -> None:
+    """Checks the layer norm of a delta [P, R, K]."""
+    if norm is None:
+        return
+    _, rows, width = delta.shape
+    _base_values(op, "norm.zc", norm.zc, delta)
+    check.of_shape(op, "norm.zc", norm.zc, (rows, width), "[R, K]")
+    check.of_dtype(op, "norm.var", norm.var, (torch.float64,))
+    check.of_shape(op, "norm.var", norm.var, (rows,), "[R]")
+    if norm.gamma is not None:
+        check.of_dtype(op, "norm.gamma", norm.gamma, (torch.float32, torch.float64))
+        check.of_shape(op, "norm.gamma", norm.gamma, (width,), "[K]")
+
+
+def _residual(op: str, residual: Tensor | None, delta: Tensor, columns: int) -> Tensor | None:
+    """A residual [P, R, columns], checked, in a dtype that kernels take."""
+    if residual is None:
+        return None
+    check.of_dtype(op, "residual", residual, check.FLOATS)
+    check.of_shape(op, "residual", residual, (*delta.shape[:2], columns), "[P, R, M]")
+    check.same_device(op, "residual", residual, "delta", delta)
+    if delta.dtype != torch.float64 and residual.dtype not in (torch.float32, torch.bfloat16):
+        return residual.to(torch.float32)
+    return residual
+
+
+def _product_dtypes(
+    op: str, delta: Tensor, operands: torch.dtype | None, out_dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The dtypes of a product's operands and result, that of delta where none is given."""
+    for name, dtype in (("operands", operands), ("out_dtype", out_dtype)):
+        if dtype is not None and dtype not in check.FLOATS:
+            raise TypeError(f"dz::{op}: {name} must be a floating-point dtype, got {dtype}")
+    return {"operands": operands or delta.dtype, "out_dtype": out_dtype or delta.dtype}
 
 
 def softmax_difference(delta: Tensor, p: Tensor, *, log: bool = False) -> Tensor:

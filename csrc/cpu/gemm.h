@@ -171,13 +171,15 @@ void product(const float* left, int64_t left_row, int64_t rows, const float* pac
 }
 
 // --- One interface to products in float32 and of bfloat16 factors with sums in float32. `Number` is what both factors
-// are held in; a left factor has depth(K) numbers a row and a multiple of kRows rows, whatever is there finite.
+// are held in; a left factor has depth(K) numbers a row and a multiple of kRows rows, whatever is there finite. With
+// kPlain it need not be longer than the matrix is, and nothing is written beyond the result.
 
 // kRound: the right factor is rounded to bfloat16.
 template <bool kRound>
 struct VectorProduct {
   typedef float Number;
   static constexpr int64_t kRows = 1;
+  static constexpr bool kPlain = true;
   struct Session {};  // what a thread needs while it multiplies
 
   static int64_t depth(int64_t K) { return K; }
@@ -211,6 +213,7 @@ struct TileShapes {
 struct HalfProduct {
   typedef Bf16 Number;
   static constexpr int64_t kRows = 32;
+  static constexpr bool kPlain = false;
   struct Session {
     Session() {
       const TileShapes shapes;

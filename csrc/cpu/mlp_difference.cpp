@@ -1,50 +1,10 @@
 #include "gelu.h"
-#include "gemm.h"
-#include "layer_norm.h"
+#include "linear.h"
 
 namespace dz {
 namespace {
 
 constexpr int64_t kKnown = 1 << 17;  // numbers known of the bases of a tile of rows, which stay in cache
-
-template <typename In>
-DZ_INLINE Vec load_any(const In* from, int64_t count) {
-  return count == kLanes ? load_vec(from) : load_some(from, count);
-}
-
-template <typename To>
-DZ_INLINE void store_any(To* to, Vec v, int64_t count) {
-  if (count == kLanes) {
-    store_vec(to, v);
-  } else {
-    store_first(to, v, count);
-  }
-}
-
-template <typename In, typename To>
-void convert(const In* from, To* to, int64_t size) {
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const int64_t count = lesser(kLanes, size - i);
-    store_any(to + i, load_any(from + i, count), count);
-  }
-}
-
-// to = a + b
-template <typename B, typename To>
-void add(const float* a, const B* b, To* to, int64_t size) {
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const int64_t count = lesser(kLanes, size - i);
-    store_any(to + i, load_any(a + i, count) + load_any(b + i, count), count);
-  }
-}
-
-// The layer norm before the layers; zc null: there is none.
-struct Norm {
-  const float* zc;     // [R, K]
-  const double* var;   // [R]
-  const float* gamma;  // [K] or null: 1
-  double eps;
-};
 
 // finish(values, row of the result, index of its first element)
 template <typename Product, typename In, typename Finish>
@@ -56,7 +16,7 @@ void all(const In* delta, Norm norm, const float* up, const float* z, const floa
   const int64_t tile = 32 * lesser(2, greater(1, kKnown / (Bases::kRows * wide * 32)));  // rows
   const int64_t tiles = ceil_div(R, tile), parts = lesser(P, ceil_div(4 * omp_get_max_threads(), tiles));
   const int64_t known_size = Bases::kRows * tile * wide;
-  const int64_t result_size = greater(tile * greater(wide, last), ceil_div(kTogether * K, 16) * 16);
+  const int64_t result_size = greater(tile * greater(wide, last), taking(K));
   const int64_t in_size = tile * in_row, hidden_size = ceil_div(tile * hidden_row, 32) * 32;
   Scratch<float> floats(omp_get_max_threads() * (known_size + result_size));
   Scratch<Number> numbers(omp_get_max_threads() * (in_size + hidden_size));
@@ -86,15 +46,7 @@ void all(const In* delta, Norm norm, const float* up, const float* z, const floa
       }
       for (int64_t p = part * P / parts; p < (part + 1) * P / parts; ++p) {
         const int64_t first = p * R + start;
-        for (int64_t r = 0; r < rows; r += kTogether) {
-          const int64_t count = lesser(kTogether, rows - r);
-          if (norm.zc != nullptr) {
-            norm_rows(delta + (first + r) * K, result, norm.zc + (start + r) * K, norm.var + start + r, norm.gamma,
-                      in + r * in_row, in_row, norm.eps, count, K, true);
-            continue;
-          }
-          for (int64_t i = r; i < r + count; ++i) convert(delta + (first + i) * K, in + i * in_row, K);
-        }
+        take_rows(norm, delta + first * K, start, rows, K, in, in_row, result);
         Product::multiply(in, in_row, filled, ups.data, K, result, wide, H);
         for (int64_t r = 0; r < rows; ++r) {
           if (tanh) {
@@ -118,13 +70,7 @@ void DZ_KERNEL(mlp_difference)(const void* delta, const float* zc, const double*
                                bool residual_half, bool out_half, bool narrow) {
   if (P == 0 || R == 0) return;
   with_types(residual, residual_half, out, out_half, [&](const auto* more, auto* to) {
-    const auto finish = [=](const float* values, int64_t at) {
-      if (more == nullptr) {
-        convert(values, to + at, M);
-      } else {
-        add(values, more + at, to + at, M);
-      }
-    };
+    const auto finish = [=](const float* values, int64_t at) { give_row(values, more, to, at, M); };
     const Norm norm = {zc, var, gamma, eps};
     const auto run = [&](const auto* from) {
       if (narrow) {

@@ -94,5 +94,13 @@
                       const void* residual, /* [P, R, M] float32, or bfloat16 with residual_half; may be null      */  \
                       void* out,           /* [P, R, M] float32, or bfloat16 with out_half                         */  \
                       double eps, int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, bool tanh,                    \
-                      bool half, bool residual_half, bool out_half, bool narrow)) /* narrow: bfloat16 products */
+                      bool half, bool residual_half, bool out_half, bool narrow)) /* narrow: bfloat16 products */      \
+  OP(linear_difference, (const void* delta, /* [P, R, K] float32, or bfloat16 with half                            */  \
+                         const float* zc, const double* var, /* [R, K], [R] of the layer norm; null: there is none */  \
+                         const float* gamma, /* [K] or null: 1                                                     */  \
+                         const float* weight, /* [M, K]                                                            */  \
+                         const void* residual, /* [P, R, M] float32, or bfloat16 with residual_half; may be null   */  \
+                         void* out,        /* [P, R, M] float32, or bfloat16 with out_half                         */  \
+                         double eps, int64_t P, int64_t R, int64_t K, int64_t M, bool half, bool residual_half,        \
+                         bool out_half, bool narrow)) /* narrow: bfloat16 products                                 */
 // clang-format on

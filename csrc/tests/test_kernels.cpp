@@ -511,6 +511,43 @@ void test_mlp_difference(int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, 
   }
 }
 
+void test_linear_difference(int64_t P, int64_t R, int64_t K, int64_t M, float scale, bool added, bool normed) {
+  const Floats delta = Halves(normals(P * R * K, scale)).floats(), weight = Halves(normals(M * K, 0.3f)).floats();
+  const Floats residual = Halves(normals(P * R * M, scale)).floats();
+  const Floats zc = normals(R * K, 1), gamma = normals(K, 1);
+  const Doubles var(static_cast<size_t>(R), 1.0);
+  const Halves narrow(delta), more(residual);
+  Floats in = delta, wanted;
+  if (normed) {
+    dz::kernels().layer_norm_difference(delta.data(), zc.data(), var.data(), gamma.data(), in.data(), 1e-3, P, R, K,
+                                        true, false, false);
+  }
+  for (int64_t row = 0; row < P * R; ++row) {
+    for (int64_t m = 0; m < M; ++m) {
+      double total = added ? residual[row * M + m] : 0.0;
+      for (int64_t k = 0; k < K; ++k) total += static_cast<double>(in[row * K + k]) * weight[m * K + k];
+      wanted.push_back(static_cast<float>(total));
+    }
+  }
+  for (const bool half : {false, true}) {
+    const void* from = half ? static_cast<const void*>(narrow.bits.data()) : delta.data();
+    const double tolerance = half ? 0.02 * (1 + scale) * std::sqrt(static_cast<double>(K)) : 2e-5 * (1 + scale);
+    const auto run = [&](bool other, void* out, bool out_half) {
+      const void* extra = other ? static_cast<const void*>(more.bits.data()) : residual.data();
+      dz::kernels().linear_difference(from, normed ? zc.data() : nullptr, var.data(), gamma.data(), weight.data(),
+                                      added ? extra : nullptr, out, 1e-3, P, R, K, M, half, other, out_half, half);
+    };
+    for (const bool other : {false, true}) {  // the residual in either type
+      Floats out = poisoned(static_cast<int64_t>(wanted.size()));
+      run(other, out.data(), false);
+      compare("linear_difference " + dz::isa(), out, wanted, tolerance);
+      Halves rounded(poisoned(static_cast<int64_t>(wanted.size())));
+      run(other, rounded.bits.data(), true);
+      compare("linear_difference, to bfloat16", rounded.floats(), Halves(out).floats(), 0);
+    }
+  }
+}
+
 void test_layer_norm_difference(int64_t P, int64_t R, int64_t M, float scale, bool centre, bool weighted) {
   const double eps = 1e-3, size = static_cast<double>(M);
   Floats zc = normals(R * M, 1);
@@ -669,6 +706,8 @@ int main() {
       test_gelu_difference(draw(0, 4), draw(1, 700), scale, round % 2 == 0);
       test_mlp_difference(draw(0, 3), draw(1, 80), draw(1, 70), draw(1, 70), draw(1, 70), scale, round % 2 == 0,
                           round % 4 < 2, round % 3 == 0);
+      test_linear_difference(draw(0, 3), draw(1, 150), draw(1, 70), draw(1, 130), scale, round % 2 == 0,
+                             round % 3 == 0);
       test_layer_norm_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0, round % 4 < 2);
       test_softmax_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0);
       test_attention_difference(draw(0, 3), draw(1, 2), draw(1, 3), draw(0, 80), draw(1, 80), draw(1, 40), draw(1, 80),

@@ -281,10 +281,17 @@ def _run_head(run: Block, layer: fx.Node, loss: fx.Node) -> Carrier | None:
     return Dense(dzkernels.channel_linear_cross_entropy(d.values, d.channel, run.low(layer.args[1]), log_p, label))
 
 
-# --- a transformer's feed-forward layer: (layer norm +) linear + GELU + linear (+ residual)
+# --- linear layers of a transformer: (layer norm +) linear (+ GELU + linear) (+ residual)
 
 _CACHED = 1 << 18
 """Most weights of a layer that the kernel runs through for every few rows: more than a cache holds and it is slow."""
+
+
+@dataclass(frozen=True)
+class _Linear:
+    norm: fx.Node | None
+    layer: fx.Node
+    residual: fx.Node | None
 
 
 @dataclass(frozen=True)
@@ -296,72 +303,129 @@ class _Mlp:
     residual: fx.Node | None
 
 
+def _norm_and_linear(node: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The nodes (layer norm, its result,) linear that begin with this one; none where it is neither."""
+    if node.target is aten.linear.default:
+        return (node,)
+    if node.target is not aten.native_layer_norm.default or len(node.args[1]) != 1:  # type: ignore[arg-type]
+        return ()
+    result = _only_user(node, inside)
+    layer = None if result is None or result.args[1] != 0 else _only_user(result, inside)
+    if result is None or layer is None or layer.target is not aten.linear.default or layer.args[0] is not result:
+        return ()
+    return (node, result, layer)
+
+
+def _sum_after(layer: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], fx.Node | None]:
+    """The sum with a residual that alone reads the layer, as (sum,), residual; (), None where there is none."""
+    user = _only_user(layer, inside)
+    if user is not None and user.target is aten.add.Tensor and not user.kwargs:
+        a, b = user.args
+        other = b if a is layer else a
+        if isinstance(other, fx.Node) and other is not layer and _same_shape(other, layer):
+            return (user,), other
+    return (), None
+
+
+def _weights(*layers: fx.Node) -> int:
+    return sum(layer.args[1].meta["val"].numel() for layer in layers)  # type: ignore[union-attr]
+
+
 def _mlp_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
-    nodes: tuple[fx.Node, ...] = (node,)
-    norm = node if node.target is aten.native_layer_norm.default and len(node.args[1]) == 1 else None  # type: ignore[arg-type]
-    up: fx.Node | None = node
-    if norm is not None:
-        result = _only_user(node, inside)
-        up = None if result is None or result.args[1] != 0 else _only_user(result, inside)
-        if result is None or up is None or up.args[0] is not result:
-            return None
-        nodes = (node, result, up)
-    if up is None or up.target is not aten.linear.default:
+    nodes = _norm_and_linear(node, inside)
+    if not nodes:
         return None
+    up, norm = nodes[-1], node if len(nodes) > 1 else None
     gelu = _only_user(up, inside)
     if gelu is None or gelu.target is not aten.gelu.default:
         return None
     down = _only_user(gelu, inside)
     if down is None or down.target is not aten.linear.default or down.args[0] is not gelu:
         return None
-    weights = sum(layer.args[1].meta["val"].numel() for layer in (up, down))  # type: ignore[union-attr]
-    if weights > _CACHED:
+    if _weights(up, down) > _CACHED:
         return None
-    nodes, residual = (*nodes, gelu, down), None
-    user = _only_user(down, inside)
-    if user is not None and user.target is aten.add.Tensor and not user.kwargs:
-        a, b = user.args
-        other = b if a is down else a
-        if isinstance(other, fx.Node) and other is not down and _same_shape(other, down):
-            nodes, residual = (*nodes, user), other
+    more, residual = _sum_after(down, inside)
     name = ("layer_norm+" if norm else "") + "linear+gelu+linear" + ("+residual" if residual else "")
     parts = _Mlp(norm, up, gelu, down, residual)
-    return nodes, name, lambda run: _run_mlp(run, parts)
+    return (*nodes, gelu, down, *more), name, lambda run: _run_mlp(run, parts)
+
+
+def _linear_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
+    nodes = _norm_and_linear(node, inside)
+    if not nodes or not 0 < _weights(nodes[-1]) <= _CACHED:
+        return None
+    layer, norm = nodes[-1], node if len(nodes) > 1 else None
+    more, residual = _sum_after(layer, inside)
+    if norm is None and residual is None:
+        return None
+    name = ("layer_norm+" if norm else "") + "linear" + ("+residual" if residual else "")
+    parts = _Linear(norm, layer, residual)
+    return (*nodes, *more), name, lambda run: _run_linear(run, parts)
+
+
+def _fits(run: Block, norm: fx.Node | None, *layers: fx.Node) -> bool:
+    """Whether the input of the layers moves, and nothing else of them, in the kernels' dtype and device."""
+    still = [n for layer in layers for n in layer.args[1:]] + list(norm.args[2:4] if norm else ())
+    d = run.raw((norm or layers[0]).args[0])
+    if d is Zero or any(run.raw(n) is not Zero for n in still) or run.dtype is not torch.float32:
+        return False
+    return run.exact(layers[0]).device.type == "cpu" and (norm is not None or isinstance(d, Dense))
+
+
+def _rows(run: Block, carrier: Carrier) -> Tensor:
+    """[P, R, width], R all dimensions but the last."""
+    values = dense(carrier)
+    values = values.to(run.dtype) if values.dtype is torch.float64 else values
+    return values.reshape(run.count, -1, values.shape[-1])
+
+
+def _in_and_residual(run: Block, first: fx.Node, residual: fx.Node | None) -> tuple[Tensor, Tensor | None]:
+    """Rows of the differences of the first node's input and of the residual, which may be the same."""
+    d, extra = run.raw(first.args[0]), run.raw(residual)
+    values = _rows(run, d)
+    return values, None if extra is Zero else values if extra is d else _rows(run, extra)
+
+
+def _row_norm(run: Block, norm: fx.Node | None) -> dzkernels.RowNorm | None:
+    if norm is None:
+        return None
+    zc, var, _ = layer_base(run, norm)
+    gamma = None if norm.args[2] is None else run.low(norm.args[2])
+    return dzkernels.RowNorm(zc.reshape(-1, zc.shape[-1]), var.reshape(-1), gamma, float(norm.args[4]))  # type: ignore[arg-type]
 
 
 def _run_mlp(run: Block, parts: _Mlp) -> Carrier | None:
     norm, up, down = parts.norm, parts.up, parts.down
-    d, extra = run.raw((norm or up).args[0]), run.raw(parts.residual)
-    still = [n for layer in (up, down) for n in layer.args[1:]] + list(norm.args[2:4] if norm else ())
-    if d is Zero or any(run.raw(n) is not Zero for n in still) or run.dtype is not torch.float32:
+    if not _fits(run, norm, up, down):
         return None
-    if run.exact(up).device.type != "cpu" or (norm is None and not isinstance(d, Dense)):
-        return None
-
-    def rows(carrier: Carrier) -> Tensor:
-        values = dense(carrier)
-        values = values.to(run.dtype) if values.dtype is torch.float64 else values
-        return values.reshape(run.count, -1, values.shape[-1])
-
-    known = None
-    if norm is not None:
-        zc, var, _ = layer_base(run, norm)
-        gamma = None if norm.args[2] is None else run.low(norm.args[2])
-        known = dzkernels.RowNorm(zc.reshape(-1, zc.shape[-1]), var.reshape(-1), gamma, float(norm.args[4]))  # type: ignore[arg-type]
+    values, extra = _in_and_residual(run, norm or up, parts.residual)
     z, shape = run.low(up), tuple(run.exact(down).shape)
-    values = rows(d)
     out = dzkernels.mlp_difference(
-        values, run.low(up.args[1]), z.reshape(-1, z.shape[-1]), run.low(down.args[1]),
-        None if extra is Zero else values if extra is d else rows(extra), known,
+        values, run.low(up.args[1]), z.reshape(-1, z.shape[-1]), run.low(down.args[1]), extra, _row_norm(run, norm),
         approximate=str(parts.gelu.kwargs.get("approximate", "none")), operands=run.operands,
-        out_dtype=run.operands if extra is Zero else run.dtype,
+        out_dtype=run.operands if extra is None else run.dtype,
     )  # fmt: skip
     return Dense(out.reshape(run.count, *shape))
+
+
+def _run_linear(run: Block, parts: _Linear) -> Carrier | None:
+    norm, layer = parts.norm, parts.layer
+    if not _fits(run, norm, layer):
+        return None
+    if run.raw(parts.residual) is Zero and (norm is None or run.operands is torch.bfloat16):
+        return None  # rounding the result to bfloat16 takes the kernel longer than a way through memory
+    values, extra = _in_and_residual(run, norm or layer, parts.residual)
+    out = dzkernels.linear_difference(
+        values, run.low(layer.args[1]), extra, _row_norm(run, norm), operands=run.operands,
+        out_dtype=run.operands if extra is None else run.dtype,
+    )  # fmt: skip
+    return Dense(out.reshape(run.count, *run.exact(layer).shape))
 
 
 PATTERNS: list[Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]] = [
     _norm_stretch,
     _head_stretch,
     _mlp_stretch,
+    _linear_stretch,
 ]
 """Tried in order at every node of a suffix."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepzero.check import check
+from deepzero.models import vit
 from deepzero.rules import RULES
 
 aten = torch.ops.aten
@@ -131,3 +132,16 @@ def test_the_plan_names_the_kernel_of_each_stretch_and_its_share() -> None:
     assert any(name.startswith("rule convolution") for name in plan.kernels)
     assert 0 < sum(plan.kernels.values()) <= plan.seconds * (1 + 1e-9)
     assert "batch_norm+relu+pool (OneChannel)" in str(plan)
+
+
+def test_the_plan_names_the_kernels_of_a_transformer_block() -> None:
+    from deepzero.estimators import CGE
+
+    net = vit(image_size=4, patch=2, blocks=2, width=4, heads=2)
+    plan = CGE(net, lambda m, b: m(b).square().sum()).plan(torch.randn(2, 3, 4, 4))
+    fused = {name for name in plan.kernels if not name.startswith("rule ")}
+    assert fused == {
+        "layer_norm+linear (Dense)",
+        "linear+residual (Dense)",
+        "layer_norm+linear+gelu+linear+residual (Dense)",
+    }
