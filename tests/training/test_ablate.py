@@ -285,6 +285,8 @@ def test_equal_queries_are_equal(tmp_path):
         "RGE, q=98": 2 * 99,
         "CGE, q=3": 2 * 4,
         "CGE, q=98": 2 * 99,
+        "CGE at rate 0.1, q=3": 2 * 4,
+        "CGE at rate 0.1, q=98": 2 * 99,
     }
 
 

@@ -232,7 +232,8 @@ class _Bar:
     def done(self, title: str, row: Row) -> None:
         self._count += 1
         self._bar.update()
-        text = f"{title}: {row.ended}, test accuracy {row.test_accuracy:.2%}, {row.queries:,} queries"
+        accuracy = "" if math.isnan(row.test_accuracy) else f", test accuracy {row.test_accuracy:.2%}"
+        text = f"{title}: {row.ended}{accuracy}, {row.queries:,} queries"
         if self._bar.disable:
             self.stream.write(f"{self._name} {self._count} of {self._total}: {text}\n")
             self.stream.flush()

@@ -68,7 +68,7 @@ def equal_queries(coordinates: int, counts: Sequence[int], *, rate: float = 0.1,
     counts       the values of q, at most d: CGE estimates q of the d coordinates, drawn anew each step
     rate         learning rate that suits the gradient. Each estimate gets one that makes its steps as long in the mean
                  square: RGE, whose length is sqrt((q + d) / q) times the gradient's, rate * sqrt(q / (q + d)), and
-                 sparse CGE, sqrt(q / d) times, rate * sqrt(d / q)
+                 sparse CGE, sqrt(q / d) times, rate * sqrt(d / q); CGE also gets ``rate`` itself
     """
 
     def cell(name: str, options: str, fraction: float, factor: float) -> list[str]:
@@ -82,6 +82,7 @@ def equal_queries(coordinates: int, counts: Sequence[int], *, rate: float = 0.1,
     d = coordinates
     cells = {f"RGE, q={q}": cell("rge", f"queries={q}, mu=5e-3", 0.0, math.sqrt(q / (q + d))) for q in counts}
     cells |= {f"CGE, q={q}": cell("cge", "mu=5e-3", 1 - q / d, math.sqrt(d / q)) for q in counts}
+    cells |= {f"CGE at rate {rate:g}, q={q}": cell("cge", "mu=5e-3", 1 - q / d, 1.0) for q in counts}
     momentum = ("optimizer.name=SGD", "optimizer.options={momentum=0.9, weight_decay=5e-4}")
     return Study("Random directions and coordinates at equal queries", cells, (*settings, *momentum))
 
