@@ -83,6 +83,16 @@ def _dense_norm(p: int, n: int, c: int, size: int) -> Any:
     return arguments, {"residual": residual, "y": y, "relu": True}
 
 
+def _norm_conv(p: int, n: int, c: int, size: int) -> Any:
+    arguments, options = _dense_norm(p, n, c, size)
+    return (*arguments[:3], _images(c, c, 3, 3), arguments[3]), options | {"padding": 1}
+
+
+def _feature_cross_entropy(p: int, n: int, c: int, k: int) -> Any:
+    log_probs = torch.randn(n, k, dtype=torch.float64).log_softmax(1)
+    return (1e-2 * torch.randn(p, n), _channels(p, c), torch.randn(k, c), log_probs, torch.arange(n) % k), {}
+
+
 def _cross_entropy(p: int, n: int, k: int) -> Any:
     log_probs = torch.randn(n, k, dtype=torch.float64).log_softmax(1)
     return (log_probs, torch.arange(n) % k, 1e-2 * torch.randn(p, n, k)), {}
@@ -146,6 +156,8 @@ KERNELS = (
     Kernel("channel_batch_norm", "W2 stage 2, P 32, relu", lambda: _channel_norm(32, 32, 32, 16)),
     Kernel("dense_batch_norm", "W2 stage 1, P 4, residual, relu", lambda: _dense_norm(4, 32, 16, 32)),
     Kernel("dense_batch_norm", "W2 stage 3, P 16, residual, relu", lambda: _dense_norm(16, 32, 64, 8)),
+    Kernel("batch_norm_conv2d", "W2 stage 3, P 16", lambda: _norm_conv(16, 32, 64, 8), 64 * _products(16, 32, 64, 8)),
+    Kernel("channel_linear_cross_entropy", "W1 head, P 384", lambda: _feature_cross_entropy(384, 128, 18, 10)),
     Kernel("cross_entropy_difference", "W1 head, P 1024", lambda: _cross_entropy(1024, 128, 10)),
     Kernel("cross_entropy_difference", "W3 head, P 4096", lambda: _cross_entropy(4096, 64, 10)),
     Kernel("gelu_difference", "W4, P 4", lambda: (_rows(4, 1024, 384), {})),
