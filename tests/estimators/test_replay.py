@@ -184,7 +184,10 @@ def test_a_black_box_is_called_and_the_rest_replayed(
     assert all("a black box is called on the way" in text for text in said)
 
 
-def test_an_op_without_a_rule_is_not_recorded(device: FakeDevice, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_op_without_a_rule_is_not_recorded(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("deepzero.run._warned", set())  # it warns once a process
     ours = dz.CGE(nn.Linear(3, 2), lambda m, b: torch.special.i0e(m(b)).sum())
     with pytest.warns(UserWarning, match="has no difference rule"):
         ours.estimate(torch.ones(2, 3))
