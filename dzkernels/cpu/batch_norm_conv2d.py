@@ -1,4 +1,4 @@
-"""No kernel of its own: torch's convolution is at the peak of a CPU, and what lies between stays in its caches."""
+"""No kernel of its own: plans for a CPU take the norm and the convolution as two kernels, each at its limit."""
 
 from __future__ import annotations
 
