@@ -208,7 +208,7 @@ def prune(
     with _exit_codes():
         from .plots import plot_ratios
         from .training.config import load_config
-        from .training.policies import options_by_score, scored_ratios
+        from .training.policies import options_by_score, scored
 
         changes = [*(overrides or ()), *([] if sparsity is None else [f"sparsity.fraction={sparsity}"])]
         settings = load_config(config, changes)
@@ -223,7 +223,7 @@ def prune(
         spent = {}
         for name, section in sections.items():
             configured = settings.model_copy(update={"sparsity": section})
-            found[name], spent[name] = scored_ratios(configured, estimator.model, estimator.objective, sample)
+            found[name], _, spent[name] = scored(configured, estimator.model, estimator.objective, sample)
         typer.echo(_ratio_table(found, spent))
         out.mkdir(parents=True, exist_ok=True)
         for name, ratios in found.items():

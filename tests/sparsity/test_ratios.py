@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deepzero.errors import MaskError
-from deepzero.sparsity import LayerRatios, LayerwiseRandom, Scores, erk, layer_ratios, magnitude, uniform
+from deepzero.sparsity import LayerRatios, LayerwiseRandom, Scores, best_mask, erk, layer_ratios, magnitude, uniform
 
 
 def network():
@@ -42,6 +42,34 @@ def test_the_kept_share_of_a_layer_is_its_share_of_the_best():
     assert layer_ratios(found, 0.5, keep="highest").kept == {"a": 1, "b": 2}
     assert layer_ratios(found, 0.5, keep="lowest").kept == {"a": 2, "b": 1}
     assert layer_ratios(found, 0.5, protect=["b"], least=2).kept == {"a": 2, "b": 3}
+
+
+@pytest.mark.parametrize("keep", ["magnitude", "highest", "lowest"])
+def test_the_best_mask_is_what_the_ratios_count(keep):
+    torch.manual_seed(1)
+    found = scores(a=torch.randn(5, 8), b=torch.randn(3, 4, 2), c=torch.randn(7))
+    merits = {n: {"magnitude": v.abs(), "highest": v, "lowest": -v}[keep] for n, v in found.values.items()}
+    threshold = torch.cat([merits["a"].flatten(), merits["b"].flatten()]).sort(descending=True).values[13 - 1]
+    mask = best_mask(found, layer_ratios(found, 1 - 13 / 64, keep=keep), keep=keep)
+    assert {n: m.shape for n, m in mask.items()} == {n: v.shape for n, v in found.values.items()}
+    assert all(torch.equal(mask[n], merits[n] >= threshold) for n in "ab")
+    assert bool(mask["c"].all())
+
+
+def test_ties_of_the_best_mask_go_to_the_first():
+    found = scores(a=[[1.0] * 10], b=[[0.0] * 10])
+    mask = best_mask(found, layer_ratios(found, 0.4, least=1))
+    assert mask["a"].all()
+    assert mask["b"][0].tolist() == [True] * 2 + [False] * 8
+
+
+def test_the_best_mask_refuses_what_cannot_be_ranked():
+    found = scores(a=[[1.0, 2.0]])
+    ratios = layer_ratios(found, 0.5)
+    with pytest.raises(MaskError, match="keep must be one of 'magnitude', 'highest', 'lowest', got 'best'"):
+        best_mask(found, ratios, keep="best")
+    with pytest.raises(MaskError, match="the score of 'a' is not finite in 1 of 2 coordinates"):
+        best_mask(scores(a=[[1.0, float("nan")]]), ratios)
 
 
 def test_ties_and_floors_keep_counts_exact():

@@ -10,10 +10,20 @@ import pytest
 import torch
 
 from deepzero.errors import BudgetError, ConfigError
-from deepzero.sparsity import LayerRatios, UniformRandom
+from deepzero.sparsity import LayerRatios, UniformRandom, snip
 from deepzero.training import Config, checkpoint, load_config
 from deepzero.training.callbacks import read_metrics
-from deepzero.training.run import build_masks, build_model, build_trainer, mask_inputs, prepare, resume, start
+from deepzero.training.run import (
+    build_loader,
+    build_masks,
+    build_model,
+    build_trainer,
+    classification_loss,
+    mask_inputs,
+    prepare,
+    resume,
+    start,
+)
 
 pytest.importorskip("sklearn")
 
@@ -246,6 +256,35 @@ def test_true_is_the_same_masks_also_with_sparse_weights(tmp_path):
     assert all(torch.equal(ours["masks"]["mask"][n], theirs["masks"]["mask"][n]) for n in ours["masks"]["mask"])
     first = [read_metrics(place / "metrics.jsonl")[0]["loss"] for place in (run, run / "first-order-sparse-weight")]
     assert first[0] == first[1]
+
+
+@pytest.mark.parametrize("policy", ["fixed", "layerwise"])
+def test_sparse_weights_keep_what_the_score_ranks_best(policy, tmp_path, images):
+    """As the run itself, and as the comparison of a run whose own masks are drawn by the score's ratios."""
+    own = {"fixed": ["sparsity.weights=sparse"], "layerwise": ['first_order=["sparse-weight"]']}[policy]
+    config = small(f"sparsity.policy={policy}", "sparsity.ratios=snip", "epochs=1", *own)
+    model = build_model(config, images)
+    scores = snip(model, classification_loss, next(iter(build_loader(config, images)))).values
+    expected = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    weights = ("0.weight", "6.weight")
+    threshold = (
+        torch.cat([scores[name].flatten() for name in weights]).sort(descending=True).values[round(0.2 * 76) - 1]
+    )
+    expected |= {name: scores[name] >= threshold for name in weights}
+    run = tmp_path / "run"
+    start(config, run)
+    place = run if policy == "fixed" else run / "first-order-sparse-weight"
+    found = last(place)
+    for name, mask in expected.items():
+        assert torch.equal(found["masks"]["mask"][name], mask)
+        assert not bool(found["model"][name][~mask].any())
+    if policy == "layerwise":
+        assert not torch.equal(
+            build_masks(config, model, STEPS, mask_inputs(config, images)).sample(0)["0.weight"], mask
+        )
+        shutil.rmtree(place)
+        resume(run)  # by the mask that the folder keeps
+        assert all(torch.equal(last(place)["model"][name], found["model"][name]) for name in found["model"])
 
 
 @pytest.mark.parametrize("policy", ["uniform", "layerwise", "fixed"])

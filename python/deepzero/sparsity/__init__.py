@@ -9,7 +9,7 @@ from typing import Any
 from .data_free import data_free, erk, magnitude, random, uniform
 from .first_order import grasp, snip, synflow
 from .masks import CostAware, Fixed, LayerwiseRandom, MaskPolicy, UniformRandom, parameter_names, prune
-from .ratios import LayerRatios, layer_ratios
+from .ratios import LayerRatios, best_mask, layer_ratios
 from .schedules import Schedule
 from .scores import (
     Scores,
@@ -63,6 +63,7 @@ __all__ = [
     "Schedule",
     "Scores",
     "UniformRandom",
+    "best_mask",
     "data_free",
     "erk",
     "grasp",

@@ -124,8 +124,7 @@ def layer_ratios(
     would be pruned to nothing.
     """
     fraction_left_out(sparsity, "sparsity")
-    if keep not in KEEP:
-        raise MaskError(f"keep must be one of {', '.join(map(repr, KEEP))}, got {keep!r}")
+    _check_keep(keep)
     if least < 0:
         raise MaskError(f"least must be a number of coordinates, 0 or more, got {least}")
     shapes = {name: value.shape for name, value in scores.values.items()}
@@ -152,6 +151,23 @@ def layer_ratios(
     return LayerRatios({n: 1 - kept[n] / shapes[n].numel() if n in kept else 0.0 for n in shapes}, shapes)
 
 
+def best_mask(scores: Scores, ratios: LayerRatios, *, keep: str = "magnitude") -> dict[str, Tensor]:
+    """Parameter name -> bool tensor of its shape on the CPU: of each the best-scored coordinates, as many as it keeps.
+
+    With the ratios that :func:`layer_ratios` gives for the same ``scores`` and ``keep`` these are the coordinates that
+    it counted: what pruning at initialisation trains, and of what the paper's method keeps the ratios only. Ties go to
+    the first.
+
+    Raises MaskError for a ``keep`` that is none of :data:`KEEP` and scores that are not finite.
+    """
+    _check_keep(keep)
+    mask = {name: torch.zeros(shape.numel(), dtype=torch.bool) for name, shape in ratios.shapes.items()}
+    for name, count in ratios.kept.items():
+        best = _merit(name, scores.values[name], keep).argsort(descending=True, stable=True)[:count]
+        mask[name][best] = True
+    return {name: flat.view(ratios.shapes[name]) for name, flat in mask.items()}
+
+
 def _shared_out(merits: Mapping[str, Tensor], floor: Mapping[str, int], budget: int) -> dict[str, int]:
     """How many of the ``budget`` best belong to each parameter, once each has its floor."""
     if not merits:
@@ -164,6 +180,11 @@ def _shared_out(merits: Mapping[str, Tensor], floor: Mapping[str, int], budget: 
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     won = torch.bincount(owner[order], minlength=len(sizes)).tolist()
     return {name: floor[name] + count for name, count in zip(merits, won, strict=True)}
+
+
+def _check_keep(keep: str) -> None:
+    if keep not in KEEP:
+        raise MaskError(f"keep must be one of {', '.join(map(repr, KEEP))}, got {keep!r}")
 
 
 def _merit(name: str, score: Tensor, keep: str) -> Tensor:

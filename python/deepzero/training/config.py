@@ -81,7 +81,8 @@ class SparsitySection(Section):
     options        keyword arguments of the policy: of "cost-aware" exponent and budget
     momentum       "dense": momentum and weight decay go on moving what a mask left out; "masked": it keeps still,
                    weights and optimizer state
-    weights        "sparse": weights outside a fixed mask are zero and stay zero; norm and bias are always on
+    weights        "sparse": weights outside a fixed mask are zero and stay zero; norm and bias are always on. With a
+                   score as ratios the mask is what the score ranks best, else a random draw
     """
 
     policy: str = "uniform"

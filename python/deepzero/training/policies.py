@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import ConfigError, DeepZeroError, MaskError
 from ..estimators import Objective
+from ..estimators.base import Mask
 from ..sparsity import (
     SCORES,
     CostAware,
@@ -23,6 +25,7 @@ from ..sparsity import (
     Schedule,
     Scores,
     UniformRandom,
+    best_mask,
     layer_ratios,
     parameter_names,
 )
@@ -35,11 +38,13 @@ class MaskInputs:
     """What a mask policy is made from and a run finds out once.
 
     ratios   layer-wise ratios
+    best     the coordinates that their score ranks best, which sparse weights keep; None without a score
     costs    of one query by parameter name
     queries  loss values that a score spent on the ratios
     """
 
     ratios: LayerRatios | None = None
+    best: Mask | None = None
     costs: Mapping[str, float] | None = None
     queries: int = 0
 
@@ -177,6 +182,9 @@ def build_masks(config: Config, model: nn.Module, steps_per_epoch: int, inputs: 
             always_on=parameter_names(model, *patterns),
             sparsity=_sparsity(section, config.epochs, steps_per_epoch),
         )
+        if section.weights == "sparse" and inputs.best is not None:
+            whole = {name: torch.ones_like(inputs.best[name]) for name in draw.always_on}
+            return Fixed({**inputs.best, **whole})
         return POLICIES[section.policy](model, draw, inputs, **section.options)
     except (MaskError, TypeError) as refused:
         raise ConfigError(f"[sparsity] does not suit the model: {refused}") from refused
@@ -216,8 +224,10 @@ def checked_ratios(ratios: LayerRatios, section: SparsitySection) -> LayerRatios
     return ratios
 
 
-def scored_ratios(config: Config, model: nn.Module, objective: Objective, batch: Any) -> tuple[LayerRatios, int]:
-    """Ratios by the configured score, and the loss values spent on it.
+def scored(
+    config: Config, model: nn.Module, objective: Objective, batch: Any
+) -> tuple[LayerRatios, dict[str, Tensor], int]:
+    """Ratios by the configured score, the best-scored coordinates that they count, and the loss values spent on it.
 
     Vectors (biases, scales and shifts of norms) and what is always on are left whole and not counted.
     """
@@ -227,7 +237,9 @@ def scored_ratios(config: Config, model: nn.Module, objective: Objective, batch:
         vectors = {name for name, p in model.named_parameters() if p.requires_grad and p.dim() < 2}
         protect = vectors.union(parameter_names(model, *section.always_on))
         scores = score(model, objective, batch, **for_score)
-        return layer_ratios(scores, section.fraction, protect=protect, **for_ratios), scores.queries
+        ratios = layer_ratios(scores, section.fraction, protect=protect, **for_ratios)
+        keep = {key: value for key, value in for_ratios.items() if key == "keep"}
+        return ratios, best_mask(scores, ratios, **keep), scores.queries
     except (DeepZeroError, TypeError, ValueError) as refused:
         raise ConfigError(f"sparsity.ratios = {section.ratios!r} does not suit the model: {refused}") from refused
 

@@ -42,7 +42,7 @@ from .policies import (
     is_file,
     read_costs,
     read_ratios,
-    scored_ratios,
+    scored,
     write_costs,
 )
 from .schedule import warmup_cosine
@@ -63,8 +63,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     # LBFGS needs the loss again at moved weights, SparseAdam sparse gradients
     if inspect.isclass(kind) and issubclass(kind, Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
 }
-RATIOS, COSTS = "ratios.json", "costs.json"
-"""Files, in a run's folder, of the layer-wise ratios and the costs that its masks follow."""
+RATIOS, BEST, COSTS = "ratios.json", "best-mask.pt", "costs.json"
+"""Files, in a run's folder, that its masks follow: layer-wise ratios, the best coordinates of their score, costs."""
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,15 @@ def mask_inputs(config: Config, images: ImageData, folder: Path | None = None) -
         return MaskInputs()
     model = build_model(config, images)
     batch = next(iter(build_loader(config, images)))
-    ratios, queries, costs = None, 0, None
+    ratios, best, queries, costs = None, None, 0, None
     if section.ratios is not None:
         if folder is not None and (folder / RATIOS).exists():
             ratios = read_ratios(folder / RATIOS, model)
+            best = checkpoint.load(folder / BEST)["mask"] if (folder / BEST).exists() else None
         elif is_file(section.ratios):
             ratios = checked_ratios(read_ratios(Path(section.ratios), model), section)
         else:
-            ratios, queries = scored_ratios(config, model, classification_loss, batch)
+            ratios, best, queries = scored(config, model, classification_loss, batch)
     if section.policy == "cost-aware":
         if folder is not None and (folder / COSTS).exists():
             costs = read_costs(folder / COSTS)
@@ -162,7 +163,7 @@ def mask_inputs(config: Config, images: ImageData, folder: Path | None = None) -
             costs = read_costs(Path(section.costs))
         else:
             costs = costs_of(_planner(config, model).plan(batch))
-    return MaskInputs(ratios, costs, queries)
+    return MaskInputs(ratios, best, costs, queries)
 
 
 def _planner(config: Config, model: nn.Module) -> CGE:
@@ -237,6 +238,8 @@ def start(config: Config, folder: Path, *, progress: Callback | None = None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     if inputs.ratios is not None:
         inputs.ratios.save(folder / RATIOS)
+    if inputs.best is not None:
+        checkpoint.save({"mask": inputs.best}, folder / BEST)
     if inputs.costs is not None:
         write_costs(inputs.costs, folder / COSTS)
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
