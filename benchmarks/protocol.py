@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deepzero.plots import plot_ablation
-from deepzero.training import ablate
+from deepzero.training import ablate, studies
 from deepzero.training.ablate import Row, Study, by_label, mean_and_spread
 from deepzero.training.studies import STUDIES, equal_queries, protocol
 
@@ -42,6 +42,7 @@ class Job:
 
 _MNIST = ("data.name=mnist5000", "data.batch_size=128")
 _MLP = ("model.name=mlp", "model.options={hidden=[10]}")
+_RESNET = ("model.name=resnet20", "model.options={}", "data.batch_size=32", "epochs=2", "schedule.warmup_epochs=1")
 
 JOBS: dict[str, Job] = {
     "digits": Job(
@@ -54,12 +55,31 @@ JOBS: dict[str, Job] = {
                 "fixed",
                 "always on",
                 "cost-aware",
-                "stale buffer",
+                studies.STALE,
             ]
         ),
         "digits (1,438 training and 359 test images, 8x8), the paper's CNN of depth 3 (6,346 weights), batches of 64, "
         "15 epochs",
         ("epochs=15",),
+    ),
+    "mnist": Job(
+        protocol(
+            [
+                "DeepZero",
+                "DeepZero, published score",
+                "uniform, every step",
+                "fixed",
+                studies.STALE,
+            ]
+        ),
+        "MNIST-5000 (4,000 training and 1,000 test images, 28x28), the paper's CNN of depth 3 (6,346 weights), batches "
+        "of 128, 6 epochs",
+        (*_MNIST, "epochs=6"),
+    ),
+    "resnet20": Job(
+        protocol(["uniform, every step"]),
+        "digits, ResNet-20 (269,434 weights), batches of 32, 2 epochs of which one is warm-up",
+        _RESNET,
     ),
     "mu": Job(STUDIES["mu"], "digits, the paper's CNN of depth 2 and width 8 (786 weights), 90 % sparsity, 15 epochs"),
     "q-cnn": Job(
