@@ -40,6 +40,7 @@ OPS = (
     "attention_difference",
     "mlp_difference",
     "linear_difference",
+    "self_attention_difference",
 )
 LEVEL_SOURCES = ("table", *OPS)  # in csrc/cpu, compiled once per instruction set level
 PLAIN_SOURCES = ("module", "cpu/dispatch")

@@ -130,6 +130,16 @@ def _linear(p: int, r: int, k: int, m: int, norm: bool) -> Any:
     return (delta, weight, 1e-2 * torch.randn(p, r, m)), {}
 
 
+def _self_attention(p: int, n: int, h: int, t: int, d: int) -> Any:
+    k = h * d
+    delta, zc = _rows(p, n * t, k)
+    q, key, v = torch.randn(3, n, h, t, d)
+    probs = (q @ key.mT * d**-0.5).softmax(-1)
+    norm = dzkernels.RowNorm(zc, torch.ones(n * t, dtype=torch.float64), torch.ones(k), 1e-5)
+    weight, project = torch.randn(h, 3 * d, k) / k**0.5, torch.randn(k, k) / k**0.5
+    return (delta, weight, q, key, v, probs, project, delta, norm), {"scale": d**-0.5}
+
+
 def _products(p: int, n: int, c: int, size: int) -> float:
     return 2.0 * 9 * p * n * c * size**2
 
@@ -174,6 +184,12 @@ KERNELS = (
     ),
     Kernel("softmax_difference", "W4 attention, P 4", lambda: _softmax(4, 16 * 3 * 64, 64)),
     Kernel("attention_difference", "W4, P 4", lambda: _attention(4, 16 * 3, 64, 32), 8.0 * 4 * 48 * 64**2 * 32),
+    Kernel(
+        "self_attention_difference",
+        "W4, P 8",
+        lambda: _self_attention(8, 16, 3, 64, 32),
+        8.0 * 8 * 1024 * 96**2 + 8.0 * 8 * 48 * 64**2 * 32,
+    ),
 )
 
 

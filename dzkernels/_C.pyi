@@ -90,3 +90,21 @@ def linear_difference(
     /,
     *sizes: int,
 ) -> None: ...
+def self_attention_difference(
+    delta: int,
+    zc: int,
+    var: int,
+    gamma: int,
+    weight: int,
+    q: int,
+    k: int,
+    v: int,
+    p: int,
+    project: int,
+    residual: int,
+    out: int,
+    eps: float,
+    scale: float,
+    /,
+    *sizes: int,
+) -> None: ...

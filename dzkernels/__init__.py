@@ -19,6 +19,7 @@ from .ops import (
     layer_norm_difference,
     linear_difference,
     mlp_difference,
+    self_attention_difference,
     softmax_difference,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "layer_norm_difference",
     "linear_difference",
     "mlp_difference",
+    "self_attention_difference",
     "softmax_difference",
     "use_backend",
     "use_isa",

@@ -100,6 +100,7 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("cpu", "attention_difference"): (torch.bfloat16,),
     ("cpu", "mlp_difference"): (torch.bfloat16,),
     ("cpu", "linear_difference"): (torch.bfloat16,),
+    ("cpu", "self_attention_difference"): (torch.bfloat16,),
     ("triton", "conv2d_tap"): (torch.bfloat16,),
     ("triton", "channel_conv2d"): (torch.bfloat16,),
     ("triton", "dense_batch_norm"): (torch.bfloat16,),

@@ -30,6 +30,7 @@ OPS = (
     "attention_difference",
     "mlp_difference",
     "linear_difference",
+    "self_attention_difference",
 )
 
 Pair = int | Sequence[int]
@@ -823,6 +824,70 @@ def attention_difference(
     elif out_dtype not in check.FLOATS:
         raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
     return backends.run(op, given, dq, dk, dv, q, k, v, p, scale=float(scale), out_dtype=out_dtype)
+
+
+def self_attention_difference(
+    delta: Tensor,
+    weight: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    project: Tensor,
+    residual: Tensor | None = None,
+    norm: RowNorm | None = None,
+    *,
+    scale: float,
+    operands: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Change of a transformer's self-attention, linear, attention, linear, when its input moves.
+
+    out[p] = residual[p] + attended[p] project^T, the heads of attended side by side
+    attended = attention_difference(dq, dk, dv, q, k, v, p, scale) where [dq, dk, dv] = d weight[h]^T for head h
+    d = delta[p], or with a norm layer_norm_difference(delta, *norm)[p]
+
+    delta     [P, N T, K]     N samples of T tokens
+    weight    [H, 2 D + E, K] of the layers that make queries, keys and values: for every head D rows of queries, D of
+                              keys, E of values; float64 for a float64 delta, else float32
+    q, k      [N, H, T, D]    base queries and keys, likewise
+    v         [N, H, T, E]    base values, likewise
+    p         [N, H, T, T]    base attention, rounded once, likewise; where it is 0 (masked) it stays exactly 0
+    project   [M, H E]        weight of the layer after the attention, likewise
+    residual  [P, N T, M]     difference that is added, any floating-point dtype; None means 0
+    norm      zc [N T, K], var [N T] float64, gamma [K] or None, eps; None means there is none
+    result    [P, N T, M]     contiguous
+
+    The result has the dtype of delta unless out_dtype is given, and so have the linear layers' operands.
+
+    Exactness: as linear_difference, attention_difference and linear_difference one after the other, in float32. With
+    operands=torch.bfloat16 d, the weights and the change of the attention are rounded to it once; sums and the
+    attention itself stay float32.
+    Cost: 2 N T H (K (2 D + E) + 2 T (D + E) + E M) operations a perturbation; what lies between delta and the result
+    stays in cache. Meant for weights that do so too.
+    """
+    op = "self_attention_difference"
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    for name, base in (("weight", weight), ("q", q), ("k", k), ("v", v), ("p", p), ("project", project)):
+        _base_values(op, name, base, delta)
+    check.of_shape(op, "q", q, (None, None, None, None), "[N, H, T, D]")
+    samples, heads, tokens, inner = q.shape
+    check.of_shape(op, "k", k, tuple(q.shape), "[N, H, T, D]")
+    check.of_shape(op, "v", v, (samples, heads, tokens, None), "[N, H, T, E]")
+    check.of_shape(op, "p", p, (samples, heads, tokens, tokens), "[N, H, T, T]")
+    check.of_shape(op, "delta", delta, (None, samples * tokens, None), "[P, N T, K]")
+    outer, width = v.shape[3], delta.shape[2]
+    check.of_shape(op, "weight", weight, (heads, 2 * inner + outer, width), "[H, 2 D + E, K]")
+    check.of_shape(op, "project", project, (None, heads * outer), "[M, H E]")
+    if 0 in (heads, inner, outer, width, len(project)):
+        raise ValueError(
+            f"dz::{op}: weight, v and project must be non-empty, got {check.shape(weight)}, {check.shape(v)} and "
+            f"{check.shape(project)}"
+        )
+    _row_norm(op, norm, delta)
+    residual = _residual(op, residual, delta, len(project))
+    options = {"scale": float(scale), **_product_dtypes(op, delta, operands, out_dtype)}
+    return backends.run(op, delta, delta, weight, q, k, v, p, project, residual, norm, **options)
 
 
 def _base_values(op: str, name: str, tensor: Tensor, delta: Tensor) -> None:

@@ -12,6 +12,9 @@ namespace {
 
 typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
+constexpr int64_t kLaneTerms = 8;  // float32 terms that a lane adds before the sum goes on in float64
+constexpr int64_t kTogether = 8;   // rows whose divisions, roots and logarithms overlap
+
 #if defined(__AVX512F__)
 // The first n lanes from memory, the others 0; 0 <= n <= kLanes.
 DZ_INLINE Vec load_some(const float* p, int64_t n) {

@@ -6,9 +6,6 @@
 namespace dz {
 namespace {
 
-constexpr int64_t kRun = 8;       // float32 terms that a lane adds before the sum goes on in float64
-constexpr int64_t kTogether = 8;  // rows whose roots and divisions overlap
-
 // v where the lane is below n, else 0.
 DZ_INLINE Vec first(Vec v, int64_t n) {
   Mask lane;
@@ -20,7 +17,7 @@ double sum_of(const float* d, int64_t M) {
   Double8 total = {};
   for (int64_t i = 0; i < M;) {
     Vec part = {};
-    const int64_t end = lesser(M, i + kRun * kLanes);
+    const int64_t end = lesser(M, i + kLaneTerms * kLanes);
     for (; i + kLanes <= end; i += kLanes) part += load<Vec>(d + i);
     if (i < end) {
       part += load_some(d + i, end - i);
@@ -49,7 +46,7 @@ Moments moments(const float* d, const float* zc, float shift, int64_t M) {
   Double8 e = {}, moved = {}, change = {};
   for (int64_t i = 0; i < M;) {
     Parts part;
-    const int64_t end = lesser(M, i + kRun * kLanes);
+    const int64_t end = lesser(M, i + kLaneTerms * kLanes);
     for (; i + kLanes <= end; i += kLanes) part.add(load<Vec>(d + i) - shift, load<Vec>(zc + i));
     if (i < end) {
       part.add(first(load_some(d + i, end - i) - shift, end - i), load_some(zc + i, end - i));

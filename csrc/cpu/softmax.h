@@ -8,8 +8,6 @@
 namespace dz {
 namespace {
 
-constexpr int64_t kRun = 8;        // float32 terms that a lane adds before the sum goes on in float64
-constexpr int64_t kTogether = 8;   // rows whose logarithms and divisions overlap
 constexpr float kLargest = 60.0f;  // exp of more would come close to infinity
 constexpr float kSmall = 0.34f;    // exp of less needs no reduction
 
@@ -49,8 +47,8 @@ DZ_INLINE Vec sum_of_run(const float* d, const float* p, float* change, int64_t 
 template <bool kKeep>
 double sum_of(const float* d, const float* p, float* change, int64_t K) {
   Double8 total = {};
-  for (int64_t i = 0; i < K; i += kRun * kLanes) {
-    const int64_t end = lesser(K, i + kRun * kLanes);
+  for (int64_t i = 0; i < K; i += kLaneTerms * kLanes) {
+    const int64_t end = lesser(K, i + kLaneTerms * kLanes);
     Mask large = {};
     int64_t j = i;
     for (; j + kLanes <= end; j += kLanes) large |= absolute(load<Vec>(d + j)) > kSmall;

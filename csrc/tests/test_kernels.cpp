@@ -676,6 +676,41 @@ void test_attention_difference(int64_t P, int64_t N, int64_t H, int64_t T, int64
   }
 }
 
+// Against the ops that it is made of, with which it agrees bit for bit in float32.
+void test_self_attention_difference(int64_t P, int64_t N, int64_t H, int64_t T, int64_t D, int64_t E, int64_t K,
+                                    int64_t M, bool added, bool normed) {
+  const int64_t R = N * T, columns = 2 * D + E;
+  const Floats delta = normals(P * R * K, 0.1f), weight = normals(H * columns * K, 0.3f), zc = normals(R * K, 1);
+  const Floats q = normals(N * H * T * D, 1), k = normals(N * H * T * D, 1), v = normals(N * H * T * E, 1);
+  const Floats gamma = normals(K, 1), project = normals(M * H * E, 0.3f), residual = normals(P * R * M, 0.1f);
+  const Floats p(static_cast<size_t>(N * H * T * T), 1.0f / static_cast<float>(T));
+  const Doubles var(static_cast<size_t>(R), 1.0);
+  const float* centred = normed ? zc.data() : nullptr;
+  const float* more = added ? residual.data() : nullptr;
+  Floats moved = poisoned(P * R * H * columns), attended = poisoned(P * R * H * E), wanted = poisoned(P * R * M);
+  dz::kernels().linear_difference(delta.data(), centred, var.data(), gamma.data(), weight.data(), nullptr, moved.data(),
+                                  1e-3, P, R, K, H * columns, false, false, false, false);
+  Indices strides;
+  for (int part = 0; part < 3; ++part) {
+    for (const int64_t stride : {R * H * columns, T * H * columns, columns, H * columns}) strides.push_back(stride);
+  }
+  for (const int64_t width : {D, D, E}) {
+    for (const int64_t stride : {int64_t{0}, H * T * width, T * width, width}) strides.push_back(stride);
+  }
+  dz::kernels().attention_difference(moved.data(), moved.data() + D, moved.data() + 2 * D, q.data(), k.data(), v.data(),
+                                     p.data(), attended.data(), strides.data(), 0.5, P, N, H, T, T, D, E, false, false);
+  dz::kernels().linear_difference(attended.data(), nullptr, nullptr, nullptr, project.data(), more, wanted.data(), 0.0,
+                                  P, R, H * E, M, false, false, false, false);
+  for (const bool narrow : {false, true}) {
+    Floats out = poisoned(P * R * M);
+    dz::kernels().self_attention_difference(delta.data(), centred, var.data(), gamma.data(), weight.data(), q.data(),
+                                            k.data(), v.data(), p.data(), project.data(), more, out.data(), 1e-3, 0.5,
+                                            P, N, H, T, D, E, K, M, false, false, false, narrow);
+    compare("self_attention_difference " + dz::isa(), out, wanted,
+            narrow ? 0.02 * std::sqrt(static_cast<double>(K * H * E)) : 0);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -712,6 +747,8 @@ int main() {
       test_softmax_difference(draw(0, 4), draw(1, 20), draw(1, 300), scale, round % 2 == 0);
       test_attention_difference(draw(0, 3), draw(1, 2), draw(1, 3), draw(0, 80), draw(1, 80), draw(1, 40), draw(1, 80),
                                 1 + round % 7);
+      test_self_attention_difference(draw(0, 3), draw(1, 2), draw(1, 3), draw(1, 70), draw(1, 20), draw(1, 40),
+                                     draw(1, 40), draw(1, 40), round % 2 == 0, round % 3 == 0);
     }
     test_channel_batch_norm(2, 5, 2, 40, 43, 1.0f, true, true);  // several blocks
     test_cross_entropy_difference(2, 3, 3000, 1.0f);             // a row longer than a chunk

@@ -18,6 +18,7 @@ import dzkernels
 
 from .base import Layouts
 from .carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, select
+from .rules.attention import attention_base, attention_scale
 from .rules.loss import plain_labels
 from .rules.norm import UPDATING, centred, layer_base
 
@@ -422,9 +423,146 @@ def _run_linear(run: Block, parts: _Linear) -> Carrier | None:
     return Dense(out.reshape(run.count, *run.exact(layer).shape))
 
 
+# --- self-attention of a transformer: (layer norm +) linear + attention + linear (+ residual)
+
+_VIEWS = (
+    aten.view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.squeeze.dims,
+)
+"""What sorts the features of linear layers into queries, keys, values and heads."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the queries, keys or values come from: ``features`` [H, D] of the linear ``layer``, through ``views``."""
+
+    layer: fx.Node
+    views: tuple[fx.Node, ...]
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class _SelfAttention:
+    norm: fx.Node | None
+    sources: tuple[_Source, ...]
+    attention: fx.Node
+    project: fx.Node
+    residual: fx.Node | None
+
+
+def _attention_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
+    before: list[fx.Node] = []
+    if node.target is aten.native_layer_norm.default and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        result = _only_user(node, inside)
+        if result is None or result.args[1] != 0:
+            return None
+        before, entry = [node, result], result
+    elif node.target is aten.linear.default and isinstance(node.args[0], fx.Node):
+        entry = node.args[0]
+    else:
+        return None
+    attention = _attention_after(entry if before else node, inside)
+    if attention is None or entry not in inside:
+        return None
+    sources = tuple(filter(None, (_source(value) for value in attention.args[:3])))
+    layers = list(dict.fromkeys(s.layer for s in sources))
+    if len(sources) < 3 or any(layer.args[0] is not entry for layer in layers):
+        return None
+    after = _merged_heads(attention, inside)
+    project = _only_user(after[-1], inside) if after else None
+    if project is None or project.target is not aten.linear.default or project.args[0] is not after[-1]:
+        return None
+    if _weights(*layers, project) > _CACHED:
+        return None
+    views = dict.fromkeys(view for source in sources for view in source.views)
+    more, residual = _sum_after(project, inside)
+    nodes = (*before, *layers, *views, attention, *after, project, *more)
+    if residual in nodes or any(u in inside and u not in nodes for part in nodes[:-1] for u in part.users):
+        return None  # something else reads what would stay inside
+    name = ("layer_norm+" if before else "") + "linear+attention+linear" + ("+residual" if residual else "")
+    parts = _SelfAttention(before[0] if before else None, sources, attention, project, residual)
+    return nodes, name, lambda run: _run_attention(run, parts)
+
+
+def _attention_after(start: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
+    """The attention that ``start`` leads to through at most linear layers and views."""
+    todo = [start]
+    while todo:
+        for user in todo.pop().users:
+            if user in inside and user.target is aten.scaled_dot_product_attention.default:
+                return user
+            if user in inside and user.target in (aten.linear.default, *_VIEWS):
+                todo.append(user)
+    return None
+
+
+def _source(value: Any) -> _Source | None:
+    """What makes an attention's [N, H, T, D] argument, if it is features of a linear layer's [N, T, width]."""
+    views: list[fx.Node] = []
+    while isinstance(value, fx.Node) and value.target in _VIEWS:
+        views.insert(0, value)
+        value = value.args[0]
+    if not isinstance(value, fx.Node) or value.target is not aten.linear.default or value.meta["val"].dim() != 3:
+        return None
+    samples, tokens, width = value.meta["val"].shape
+    seen = torch.empty(samples, tokens, width, device="meta")
+    for view in views:
+        seen = view.target(seen, *view.args[1:], **view.kwargs)  # type: ignore[operator]
+    if seen.dim() != 4 or (seen.shape[0], seen.shape[2]) != (samples, tokens):
+        return None
+    along_samples, along_heads, along_tokens, along = seen.stride()
+    if (along_samples != tokens * width and samples > 1) or (along_tokens != width and tokens > 1):
+        return None
+    heads, each = torch.arange(seen.shape[1])[:, None], torch.arange(seen.shape[3])
+    return _Source(value, tuple(views), heads * along_heads + each * along + int(seen.storage_offset()))
+
+
+def _merged_heads(attention: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The nodes that put the heads of [N, H, T, E] side by side, [N, T, H E]; none where something else follows."""
+    turn = _only_user(attention, inside)
+    if turn is None or (turn.target, *turn.args[1:]) not in (
+        (aten.permute.default, [0, 2, 1, 3]),
+        (aten.transpose.int, 1, 2),
+    ):
+        return ()
+    copy = _only_user(turn, inside)
+    merge = _only_user(copy, inside) if copy is not None and copy.target is aten.clone.default else copy
+    if merge is None or merge.target not in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        return ()
+    samples, heads, tokens, each = attention.meta["val"].shape
+    if merge.meta["val"].shape != (samples, tokens, heads * each):
+        return ()
+    return (turn, merge) if copy is merge or copy is None else (turn, copy, merge)
+
+
+def _run_attention(run: Block, parts: _SelfAttention) -> Carrier | None:
+    norm, attention, project = parts.norm, parts.attention, parts.project
+    layers = [source.layer for source in parts.sources]
+    mask = attention.args[3] if len(attention.args) > 3 else None
+    if not _fits(run, norm, *layers, project) or run.raw(mask) is not Zero:
+        return None
+
+    def features() -> Tensor:
+        return torch.cat([run.low(s.layer.args[1])[s.features] for s in parts.sources], 1)
+
+    values, extra = _in_and_residual(run, norm or layers[0], parts.residual)
+    q, k, v, p = attention_base(run, attention)
+    out = dzkernels.self_attention_difference(
+        values, run.saved(attention, "features", features), q, k, v, p, run.low(project.args[1]), extra,
+        _row_norm(run, norm), scale=attention_scale(attention, q), operands=run.operands,
+        out_dtype=run.operands if extra is None else run.dtype,
+    )  # fmt: skip
+    return Dense(out.reshape(run.count, *run.exact(project).shape))
+
+
 PATTERNS: list[Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]] = [
     _norm_stretch,
     _head_stretch,
+    _attention_stretch,
     _mlp_stretch,
     _linear_stretch,
 ]

@@ -141,7 +141,8 @@ def test_the_plan_names_the_kernels_of_a_transformer_block() -> None:
     plan = CGE(net, lambda m, b: m(b).square().sum()).plan(torch.randn(2, 3, 4, 4))
     fused = {name for name in plan.kernels if not name.startswith("rule ")}
     assert fused == {
-        "layer_norm+linear (Dense)",
+        "layer_norm+linear+attention+linear+residual (Dense)",
+        "linear+attention+linear+residual (Dense)",
         "linear+residual (Dense)",
         "layer_norm+linear+gelu+linear+residual (Dense)",
     }

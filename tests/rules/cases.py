@@ -398,6 +398,41 @@ for _causal in (False, True):
         row(f"mha{_tail}", lambda c=_causal, p=_padding: Attention(causal=c, padding=p), (3, 4, 6))
 
 
+class SelfAttention(nn.Module):
+    """Written out, with one layer for queries, keys and values or with three, before a norm or after it."""
+
+    def __init__(self, *, packed: bool, causal: bool, first: bool) -> None:
+        super().__init__()
+        self.packed, self.causal, self.first = packed, causal, first
+        self.inp, self.norm, self.out = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        widths = [24] if packed else [8, 8, 8]  # no bias: that of the keys has no gradient
+        self.inner = nn.ModuleList([nn.Linear(8, width, bias=False) for width in widths])
+
+    def attend(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        if self.packed:
+            heads = self.inner[0](x).view(n, tokens, 2, 3, 4).permute(3, 0, 2, 1, 4).unbind(0)
+        else:
+            heads = [layer(x).view(n, tokens, 2, 4).transpose(1, 2) for layer in self.inner]
+        attended = F.scaled_dot_product_attention(*heads, is_causal=self.causal)
+        return self.out(attended.transpose(1, 2).reshape(n, tokens, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for _ in range(2):  # a weight before the second round moves everything that comes into it
+            x = x + self.attend(self.norm(x)) if self.first else self.norm(x + self.attend(x))
+        return x
+
+
+for _packed in (False, True):
+    for _first in (False, True):
+        row(
+            f"self-attention{'-packed' if _packed else ''}{'-norm-first' if _first else ''}",
+            lambda p=_packed, f=_first: SelfAttention(packed=p, causal=p != f, first=f),
+            (3, 4, 6),
+        )
+
+
 def _heads(h: Tensor, g: Tensor, **kwargs: Any) -> Tensor:
     q, k = h.unflatten(-1, (2, 4)).transpose(1, 2), g.unflatten(-1, (2, 4)).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, q * k, **kwargs)

@@ -17,22 +17,19 @@ if TYPE_CHECKING:
     from ..run import Block
 
 
-def _scale(node: Any, q: Tensor) -> float:
+def attention_scale(node: Any, q: Tensor) -> float:
     given = node.kwargs.get("scale")
     return 1.0 / math.sqrt(q.shape[-1]) if given is None else float(given)
 
 
-@rule(aten.scaled_dot_product_attention.default)
-def attention(run: Block, node: Any) -> Carrier:
-    """softmax(scale q k^T + mask) v; q [..., T, D], k [..., S, D], v [..., S, E]."""
-    mask = node.args[3] if len(node.args) > 3 else None
-    if run.raw(mask) is not Zero:
-        return run.fallback(node)  # type: ignore[no-any-return]
+def attention_base(run: Block, node: Any) -> tuple[Tensor, ...]:
+    """Base q, k, v and probabilities, each [.., rows, columns] with what _pairs leaves of the leading dimensions."""
     q, k, v = (run.exact(n) for n in node.args[:3])
     outer = q.shape[:-2]
 
     def make() -> tuple[Tensor, ...]:
-        scores = _scale(node, q) * q @ k.transpose(-2, -1)
+        scores = attention_scale(node, q) * q @ k.transpose(-2, -1)
+        mask = node.args[3] if len(node.args) > 3 else None
         if mask is not None:
             given = run.exact(mask)
             scores = scores.masked_fill(~given, -math.inf) if given.dtype is torch.bool else scores + given
@@ -42,7 +39,16 @@ def attention(run: Block, node: Any) -> Carrier:
         p = torch.softmax(scores, -1).nan_to_num(0.0)  # a row that sees nothing attends to nothing
         return tuple(_pairs(t, outer).to(run.dtype).contiguous() for t in (q, k, v, p))
 
-    base = run.saved(node, "attention", make)
+    return run.saved(node, "attention", make)  # type: ignore[no-any-return]
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(run: Block, node: Any) -> Carrier:
+    """softmax(scale q k^T + mask) v; q [..., T, D], k [..., S, D], v [..., S, E]."""
+    if run.raw(node.args[3] if len(node.args) > 3 else None) is not Zero:
+        return run.fallback(node)  # type: ignore[no-any-return]
+    q = run.exact(node.args[0])
+    outer, base = q.shape[:-2], attention_base(run, node)
     moved = [run.raw(n) for n in node.args[:3]]
     values = [None if d is Zero else dense(d) for d in moved]
     if any(t is not None and t.dtype is not run.operands for t in values):
@@ -50,7 +56,7 @@ def attention(run: Block, node: Any) -> Carrier:
     out = dzkernels.attention_difference(
         *(None if t is None else t.reshape(len(t), *_pairs(t[0], outer).shape) for t in values),
         *base,
-        scale=_scale(node, q),
+        scale=attention_scale(node, q),
         out_dtype=run.operands,
     )
     return Dense(out.reshape(len(out), *run.exact(node).shape))

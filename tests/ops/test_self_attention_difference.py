@@ -1,0 +1,196 @@
+"""self_attention_difference is the change of linear layers around an attention, when their input moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dzkernels
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
+
+Shape = tuple[int, int, int, int, int, int, int, int]  # P, N, H, T, D, E, K, M
+SHAPES: list[Shape] = [
+    (1, 1, 1, 1, 1, 1, 1, 1),
+    (2, 2, 3, 5, 4, 6, 7, 9),
+    (3, 1, 2, 64, 16, 16, 32, 32),
+    (2, 2, 1, 33, 24, 17, 20, 40),
+    (1, 2, 2, 70, 8, 80, 33, 18),
+]
+
+
+def case(shape: Shape, scale: float) -> dict[str, Any]:
+    p, n, h, t, d, e, k, m = shape
+    z = normal(n * t, k, seed=1)
+    zc = z - z.mean(1, keepdim=True)
+    q, key = normal(n, h, t, d, seed=2), normal(n, h, t, d, seed=3)
+    factor = d**-0.5
+    return {
+        "delta": normal(p, n * t, k, seed=4) * scale,
+        "weight": normal(h, 2 * d + e, k, seed=5) / k**0.5,
+        "q": q,
+        "k": key,
+        "v": normal(n, h, t, e, seed=6),
+        "p": (factor * q.double() @ key.double().mT).softmax(-1).float(),
+        "project": normal(m, h * e, seed=7) / (h * e) ** 0.5,
+        "residual": normal(p, n * t, m, seed=8) * scale,
+        "norm": dzkernels.RowNorm(zc, zc.double().square().mean(1), normal(k, seed=9), 1e-3),
+        "scale": factor,
+    }
+
+
+def apart(given: dict[str, Any], operands: torch.dtype, between: torch.dtype) -> Tensor:
+    """The three ops that it is made of; ``between`` is what the change of the attention is rounded to."""
+    weight, (n, h, t, d), e = given["weight"], given["q"].shape, given["v"].shape[3]
+    wide = torch.float64 if given["q"].dtype is torch.float64 else torch.float32
+    moved = dzkernels.linear_difference(
+        given["delta"], weight.flatten(0, 1), norm=given["norm"], operands=operands, out_dtype=wide
+    )
+    heads = moved.reshape(-1, n, t, h, 2 * d + e).transpose(2, 3)
+    base = [given[name] for name in ("q", "k", "v", "p")]
+    change = dzkernels.attention_difference(*heads.split([d, d, e], -1), *base, scale=given["scale"], out_dtype=between)
+    rows = change.transpose(2, 3).reshape(-1, n * t, h * e)
+    return dzkernels.linear_difference(rows, given["project"], given["residual"], operands=operands, out_dtype=wide)
+
+
+def double(given: dict[str, Any]) -> dict[str, Any]:
+    def wide(value: Any) -> Any:
+        if isinstance(value, dzkernels.RowNorm):
+            return value._replace(zc=value.zc.double(), gamma=value.gamma.double())
+        return value.double() if isinstance(value, Tensor) else value
+
+    return {name: wide(value) for name, value in given.items()}
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_reference_is_the_ops_it_is_made_of(shape: Shape, scale: float) -> None:
+    given = double(case(shape, scale))
+    for change in ({}, {"residual": None}, {"norm": None}):
+        given |= change
+        with running("reference"):
+            wanted = apart(given, torch.float64, torch.float64)
+            assert_bounded(dzkernels.self_attention_difference(**given), wanted, 1e-14 * wanted.abs().amax())
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("runner", RUNNERS[1:])
+def test_the_kernel_is_the_ops_it_is_made_of(runner: str, shape: Shape, operands: torch.dtype, scale: float) -> None:
+    """Bit for bit. The change of the attention is rounded to bfloat16 only where that is what the CPU multiplies."""
+    half = operands is torch.bfloat16 and runner == "cpu-amx"
+    between = torch.bfloat16 if half else torch.float32
+    for delta in (torch.float32, torch.bfloat16):
+        for change in ({}, {"residual": None}, {"norm": None}):
+            given = case(shape, scale) | change
+            given["delta"] = given["delta"].to(delta)
+            with running(runner):
+                wanted = apart(given, operands, between)
+                got = dzkernels.self_attention_difference(**given, operands=operands, out_dtype=torch.float32)
+                assert_exact(got, wanted)
+                rounded = dzkernels.self_attention_difference(**given, operands=operands, out_dtype=torch.bfloat16)
+                assert_exact(rounded, wanted.bfloat16())
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_against_float64(shape: Shape, scale: float) -> None:
+    """Each product, norm and softmax of the chain is off by some roundings of the largest that its terms can be."""
+    given = case(shape, scale) | {"residual": None}
+    wanted = dzkernels.self_attention_difference(**double(given))
+    sizes = double({**given, "norm": None})
+    reach = (sizes["delta"].abs().sum(-1, keepdim=True) + scale) * 8  # the norm, of d and of what var moves
+    reach = reach.amax() * sizes["weight"].abs().amax() * (1 + sizes["q"].abs().sum(-1).amax())
+    reach = reach * (1 + sizes["v"].abs().sum(-1).amax()) * sizes["project"].abs().sum(-1).amax()
+    for runner in RUNNERS:
+        with running(runner):
+            got = dzkernels.self_attention_difference(**given)
+        assert got.dtype == torch.float32 and got.is_contiguous()
+        assert_bounded(got, wanted, UNIT[torch.float32] * 4 * max(shape) * reach.expand(wanted.shape))
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_what_is_masked_stays_so(runner: str) -> None:
+    """Where p is 0 for a token's key, nothing of that token reaches the others."""
+    given = case(SHAPES[1], 1e-2) | {"residual": None, "norm": None}
+    p = given["p"].clone()
+    p[..., 2] = 0.0
+    given["p"] = p / p.sum(-1, keepdim=True)
+    moved = torch.zeros_like(given["delta"]).view(2, 2, 5, 7)
+    moved[:, :, 2] = 1e-2
+    given["delta"] = moved.view(2, 10, 7)
+    with running(runner):
+        got = dzkernels.self_attention_difference(**given).view(2, 2, 5, 9)
+    assert torch.equal(got[:, :, [0, 1, 3, 4]], torch.zeros(2, 2, 4, 9))
+    assert (got[:, :, 2] != 0).all()
+
+
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_nan_stays_in_its_sample(runner: str, operands: torch.dtype) -> None:
+    given = case((3, 3, 2, 5, 4, 6, 7, 9), 1e-2)
+    given["delta"][1, 7, 3] = given["residual"][2, 14, 2] = float("nan")
+    with running(runner):
+        got = dzkernels.self_attention_difference(**given, operands=operands)
+    wanted = torch.zeros(3, 15, 9, dtype=torch.bool)
+    wanted[1, 5:10], wanted[2, 14, 2] = True, True
+    assert torch.equal(got.isnan(), wanted)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_odd_memory_and_empty(runner: str) -> None:
+    given = case(SHAPES[1], 1e-2)
+    norm = given["norm"]
+    odd = {name: strided(t) if isinstance(t, Tensor) else t for name, t in given.items()}
+    odd["norm"] = dzkernels.RowNorm(*(strided(t) for t in norm[:3]), norm.eps)
+    with running(runner):
+        assert_exact(dzkernels.self_attention_difference(**odd), dzkernels.self_attention_difference(**given))
+        none = {**given, "delta": given["delta"][:0], "residual": given["residual"][:0]}
+        assert dzkernels.self_attention_difference(**none).shape == (0, 10, 9)
+        nobody = {name: given[name][:0] for name in ("q", "k", "v", "p")}
+        empty = {**given, **nobody, "delta": given["delta"][:, :0], "residual": None, "norm": None}
+        assert dzkernels.self_attention_difference(**empty).shape == (2, 0, 9)
+
+
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 2, 3, 5, 4, 6, 7, 9), (2, 9, 2, 33, 8, 8, 16, 16)])
+def test_threads_and_neighbours_do_not_matter(shape: Shape, operands: torch.dtype) -> None:
+    given = case(shape, 0.05)
+    wanted = dzkernels.self_attention_difference(**given, operands=operands)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert_exact(dzkernels.self_attention_difference(**given, operands=operands), wanted)
+    one = {**given, "delta": given["delta"][1:2], "residual": given["residual"][1:2]}
+    assert_exact(dzkernels.self_attention_difference(**one, operands=operands), wanted[1:2])
+
+
+GOOD = case((3, 2, 2, 2, 3, 5, 4, 6), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"delta": 1.0}, TypeError, r"dz::self_attention_difference: delta must be a tensor, got float"),
+        ({"delta": GOOD["delta"].long()}, TypeError, r"delta must be of a floating-point dtype, got int64"),
+        ({"delta": GOOD["delta"][:, :3]}, ValueError, r"delta must be of shape \[P, N T, K\] = \[\*, 4, \*\], got"),
+        ({"weight": GOOD["weight"].double()}, TypeError, r"weight must be float32, got float64"),
+        ({"weight": GOOD["weight"][:1]}, ValueError, r"weight must be of shape \[H, 2 D \+ E, K\] = \[2, 11, 4\], got"),
+        ({"q": GOOD["q"][0]}, ValueError, r"q must be of shape \[N, H, T, D\], got \[2, 2, 3\]"),
+        ({"k": GOOD["k"][..., :2]}, ValueError, r"k must be of shape \[N, H, T, D\] = \[2, 2, 2, 3\], got"),
+        ({"v": GOOD["v"][:1]}, ValueError, r"v must be of shape \[N, H, T, E\] = \[2, 2, 2, \*\], got"),
+        ({"p": GOOD["p"][..., :1]}, ValueError, r"p must be of shape \[N, H, T, T\] = \[2, 2, 2, 2\], got"),
+        ({"project": GOOD["project"][:, :9]}, ValueError, r"project must be of shape \[M, H E\] = \[\*, 10\], got"),
+        ({"project": GOOD["project"][:0]}, ValueError, r"weight, v and project must be non-empty, got .* \[0, 10\]"),
+        ({"project": GOOD["project"].to("meta")}, ValueError, r"project must be on cpu like delta, got meta"),
+        ({"residual": GOOD["residual"][:2]}, ValueError, r"residual must be of shape \[P, R, M\] = \[3, 4, 6\], got"),
+        ({"norm": GOOD["norm"]._replace(var=GOOD["norm"].var[:1])}, ValueError, r"norm.var must be of shape \[R\]"),
+        ({"operands": torch.int64}, TypeError, r"operands must be a floating-point dtype, got torch.int64"),
+        ({"out_dtype": torch.int64}, TypeError, r"out_dtype must be a floating-point dtype, got torch.int64"),
+    ],
+)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dzkernels.self_attention_difference(**{**GOOD, **change})
