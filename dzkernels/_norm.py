@@ -1,9 +1,10 @@
-"""What a kernel knows of a layer norm that it takes over."""
+"""What a kernel knows of a norm that it takes over, or that comes after it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,17 @@ class RowNorm(NamedTuple):
     var: Tensor
     gamma: Tensor | None
     eps: float
+
+
+def moments(delta: Tensor, zc: Tensor) -> Tensor:
+    """What a batch norm in training takes from a difference [P, N, C, H, W] of its input: [P, 2, C] float64.
+
+    moments[p, 0] = mean(delta[p])
+    moments[p, 1] = mean(2 zc d + d^2), d = delta[p] - mean(delta[p]): the change of the variance
+
+    zc [N, C, H, W] is the base input of the norm minus its mean; means are over N, H, W of each channel.
+    """
+    d = delta.double()
+    mean = d.mean((1, 3, 4))
+    d = d - mean[:, None, :, None, None]
+    return torch.stack([mean, (d * (2 * zc.double() + d)).mean((1, 3, 4))], 1)

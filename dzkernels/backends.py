@@ -108,7 +108,12 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("triton", "layer_norm_difference"): (torch.bfloat16,),
     ("triton", "attention_difference"): (torch.bfloat16,),
     ("triton", "batch_norm_conv2d"): (torch.bfloat16,),
+    ("triton", "dense_conv2d"): (torch.bfloat16,),
 }
+
+# Kernels that PyTorch's own op (cuDNN's) may beat and that no GPU has measured: they run where they are asked for by
+# name, or for more than that op has.
+_ON_REQUEST = frozenset({("triton", "dense_conv2d")})
 
 
 @functools.cache
@@ -158,8 +163,8 @@ def use_isa(level: str) -> Iterator[None]:
         module.set_isa(before)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs `op` on tensors of `device` and `dtype`."""
+def choose(op: str, device: torch.device, dtype: torch.dtype, *, fused: bool = False) -> str:
+    """The backend that runs `op` on tensors of `device` and `dtype`; `fused`: with more than PyTorch's op has."""
     forced = _forced.get() or os.environ.get("DZ_BACKEND")
     if forced:
         reason = _refusal(_check_name(forced, "DZ_BACKEND"), op, device, dtype)
@@ -176,14 +181,17 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
         # float64 asks for the reference: it is what results are compared with, not a slower way to the same
         refusals = {} if dtype is torch.float64 and _load.native_error() is None else {"cpu": refused}
     else:
-        refusals = {}
+        refusals, waived = {}, False
         for chosen in BACKENDS:
+            if (chosen, op) in _ON_REQUEST and not fused:
+                waived = True
+                continue
             refused_here = _refusal(chosen, op, device, dtype)
             if refused_here is None:
                 break
             if chosen != "cpu":
                 refusals[chosen] = refused_here
-        if chosen == "triton" and not has_kernel("cuda", op):
+        if waived or (chosen == "triton" and not has_kernel("cuda", op)):
             refusals = {}  # CUDA kernels are written where they are faster than Triton's, and only there
     if refusals:
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
@@ -202,7 +210,8 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
 
 def run(op: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Run `op` on the backend chosen for `tensor`."""
-    kernel = implementation(choose(op, tensor.device, tensor.dtype), op)
+    fused = kwargs.get("next_zc") is not None  # PyTorch's ops leave no moments
+    kernel = implementation(choose(op, tensor.device, tensor.dtype, fused=fused), op)
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):  # Triton launches on the current one
             return kernel(*args, **kwargs)

@@ -7,6 +7,7 @@ value, in the units of that value. Any P, 0 included; inputs may have any stride
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -147,6 +148,20 @@ def channel_conv2d(
     )  # fmt: skip
 
 
+@overload
+def dense_conv2d(
+    delta: Tensor, weight: Tensor, *, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1, groups: int = 1,
+    next_zc: None = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def dense_conv2d(
+    delta: Tensor, weight: Tensor, *, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1, groups: int = 1,
+    next_zc: Tensor,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def dense_conv2d(
     delta: Tensor,
     weight: Tensor,
@@ -155,19 +170,26 @@ def dense_conv2d(
     padding: Pair = 0,
     dilation: Pair = 1,
     groups: int = 1,
-) -> Tensor:
-    """A difference through a conv2d.
+    next_zc: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A difference through a conv2d; with next_zc also what the batch norm after it takes from the result.
 
     out[p, n, o, u, v] = sum_cij pad(delta)[p, n, g * Cg + c, u * sh + i * dh - ph, v * sw + j * dw - pw]
                          * weight[o, c, i, j]    with g = o // (O / groups)
 
     delta    [P, N, groups * Cg, H, W]  fastest as a view of contiguous [P, N, H, W, C] memory (channels last)
     weight   [O, Cg, kh, kw]            of the convolution, dtype of delta
-    result   [P, N, O, Ho, Wo]          a view of contiguous [P, N, Ho, Wo, O] memory, dtype of delta
+    next_zc  [N, O, Ho, Wo]             base input of the norm after it minus its mean, base dtype of dense_batch_norm
+    result   [P, N, O, Ho, Wo]          a view of contiguous [P, N, Ho, Wo, O] memory, dtype of delta;
+                                        with next_zc the pair of it and its moments
+
+    moments[p, 0] = mean(out[p]), of the result as it was rounded; means over N, Ho, Wo of each channel
+    moments[p, 1] = mean(2 next_zc d + d^2), d = out[p] - mean(out[p]): the change of the variance; [P, 2, O] float64
 
     Exactness: a sum of Cg * kh * kw products per output in any order, accumulated in float32 for bfloat16. A 3x3 kernel
     with stride 1 may be done in tiles (Winograd's F(4x4, 3x3), Lavin and Gray, CVPR 2016): a few times the
-    rounding error of the plain sum, and a NaN or infinity spreads over its tile.
+    rounding error of the plain sum, and a NaN or infinity spreads over its tile. Moments are in float64 of float32 sums
+    of at most 256 terms, about a value near the mean.
     Cost: 2 * Cg * kh * kw operations per output, a quarter of them products in tiles.
     """
     op = "dense_conv2d"
@@ -187,10 +209,12 @@ def dense_conv2d(
         )
     kernel = (weight.shape[2], weight.shape[3])
     rows, columns = check.output_size(op, delta.shape[3], delta.shape[4], kernel, stride, padding, dilation)
-    if delta.shape[0] * delta.shape[1] == 0:
-        empty = delta.new_empty(*delta.shape[:2], rows, columns, weight.shape[0])
-        return empty.permute(0, 1, 4, 2, 3)
-    return backends.run(op, delta, delta, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    _next_zc(op, next_zc, delta, (delta.shape[1], weight.shape[0], rows, columns))
+    if delta.shape[0] * delta.shape[1] * weight.shape[0] == 0:
+        return _no_images(delta, weight, rows, columns, next_zc)
+    return backends.run(
+        op, delta, delta, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, next_zc=next_zc
+    )
 
 
 def channel_batch_norm(
@@ -289,6 +313,7 @@ def dense_batch_norm(
     pool: int = 1,
     gap: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """A difference in every channel through batch norm, plus a residual difference, then ReLU, then max pooling.
 
@@ -307,6 +332,8 @@ def dense_batch_norm(
                       [P, N, H, W]     of that one channel, base dtype
     y                 [N, C, H, W]     base value before the ReLU, residual included, base dtype; needed with relu only
     gap               [N, C, H, W]     base activation minus the maximum of its window (<= 0), base dtype; with pool > 1
+    moments           [P, 2, C] float64  of delta, where the convolution before left them (dense_conv2d): mean(delta[p])
+                                       and dvar. With training only; a backend may take them anew all the same
     result            [P, N, C, H // pool, W // pool]  a view of contiguous [P, N, H, W, C] memory, dtype out_dtype
 
     The base dtype, also that of the result unless out_dtype is given, is float64 for a float64 delta, else float32.
@@ -315,10 +342,10 @@ def dense_batch_norm(
     So an output is off by a few roundings of |gamma| * (|d| / s' + |zc dvar| / (s s' (s + s'))) + |residual|, and at
     worst by 70 of |gamma| * (mean|d| / s' + |zc| m / (s s' (s + s'))), m = mean(2 |zc d| + d^2). Nothing cancels: the
     variance is taken anew where it would.
-    Cost: reads delta twice and residual once, writes the result; zc, y and gap come from cache.
+    Cost: reads delta twice, with moments once, and residual once, writes the result; zc, y and gap come from cache.
     """
     op = "dense_batch_norm"
-    base = _norm_inputs(op, delta, zc, var, gamma, residual, residual_channel, y, relu, eps)
+    base = _norm_inputs(op, delta, zc, var, gamma, residual, residual_channel, y, relu, eps, moments, training)
     height, width = delta.shape[3:]
     _pool(op, pool, height, width)
     if pool > 1:
@@ -333,8 +360,26 @@ def dense_batch_norm(
     return backends.run(
         op, delta, delta, zc, var, scale, eps=float(eps), training=bool(training), residual=residual,
         residual_channel=residual_channel, y=y if relu else None, pool=pool, gap=gap if pool > 1 else None,
-        out_dtype=out_dtype,
+        out_dtype=out_dtype, moments=moments,
     )  # fmt: skip
+
+
+@overload
+def batch_norm_conv2d(
+    delta: Tensor, zc: Tensor, var: Tensor, weight: Tensor, gamma: Tensor | None = None, *, eps: float = 1e-5,
+    training: bool = True, residual: Tensor | None = None, residual_channel: Tensor | None = None,
+    y: Tensor | None = None, relu: bool = False, moments: Tensor | None = None, stride: Pair = 1, padding: Pair = 0,
+    dilation: Pair = 1, next_zc: None = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def batch_norm_conv2d(
+    delta: Tensor, zc: Tensor, var: Tensor, weight: Tensor, gamma: Tensor | None = None, *, eps: float = 1e-5,
+    training: bool = True, residual: Tensor | None = None, residual_channel: Tensor | None = None,
+    y: Tensor | None = None, relu: bool = False, moments: Tensor | None = None, stride: Pair = 1, padding: Pair = 0,
+    dilation: Pair = 1, next_zc: Tensor,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def batch_norm_conv2d(
@@ -350,38 +395,48 @@ def batch_norm_conv2d(
     residual_channel: Tensor | None = None,
     y: Tensor | None = None,
     relu: bool = False,
+    moments: Tensor | None = None,
     stride: Pair = 1,
     padding: Pair = 0,
     dilation: Pair = 1,
-) -> Tensor:
+    next_zc: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """A difference in every channel through batch norm, residual and ReLU, and on through a conv2d.
 
     out[p] = conv2d(a[p], weight), a = dense_batch_norm(delta, zc, var, gamma, ..., out_dtype=weight.dtype)
 
     For a norm whose output only the convolution reads: a need not be stored.
 
-    delta .. relu  as in dense_batch_norm
-    weight         [O, C, kh, kw]  bfloat16 or the base dtype of dense_batch_norm
-    result         [P, N, O, Ho, Wo]  a view of contiguous [P, N, Ho, Wo, O] memory, dtype of weight
+    delta .. moments  as in dense_batch_norm
+    weight            [O, C, kh, kw]  bfloat16 or the base dtype of dense_batch_norm
+    next_zc           [N, O, Ho, Wo]  as in dense_conv2d: asks for the moments that the next norm takes
+    result            [P, N, O, Ho, Wo]  a view of contiguous [P, N, Ho, Wo, O] memory, dtype of weight;
+                      with next_zc the pair of it and its moments [P, 2, O]
 
     Exactness: a as in dense_batch_norm, rounded to the dtype of weight; sums in float32 (float64 for float64) of
     C kh kw products in any order, of float32 operands each within 48 roundings; the sum is rounded once more.
-    Cost: 2 C kh kw operations per output value; reads delta twice and residual once, writes the result.
+    Cost: 2 C kh kw operations per output value; reads delta twice, with moments once, and residual once, writes the
+    result. A kernel may apply the norm again for every weight that reads it.
     """
     op = "batch_norm_conv2d"
-    base = _norm_inputs(op, delta, zc, var, gamma, residual, residual_channel, y, relu, eps)
-    _, _, channels, height, width = delta.shape
+    base = _norm_inputs(op, delta, zc, var, gamma, residual, residual_channel, y, relu, eps, moments, training)
+    perturbations, samples, channels, height, width = delta.shape
     check.of_dtype(op, "weight", weight, (base, torch.bfloat16))
     check.of_shape(op, "weight", weight, (None, channels, None, None), "[O, C, kh, kw]")
     check.same_device(op, "weight", weight, "delta", delta)
     stride = check.pair(op, "stride", stride, 1)
     padding = check.pair(op, "padding", padding, 0)
     dilation = check.pair(op, "dilation", dilation, 1)
-    check.output_size(op, height, width, (weight.shape[2], weight.shape[3]), stride, padding, dilation)
+    kernel = (weight.shape[2], weight.shape[3])
+    rows, columns = check.output_size(op, height, width, kernel, stride, padding, dilation)
+    _next_zc(op, next_zc, delta, (samples, weight.shape[0], rows, columns))
+    if perturbations * weight.shape[0] == 0:
+        return _no_images(delta, weight, rows, columns, next_zc)
     scale = torch.ones_like(var) if gamma is None else gamma.to(torch.float64)
     return backends.run(
         op, delta, delta, zc, var, scale, weight, eps=float(eps), training=bool(training), residual=residual,
-        residual_channel=residual_channel, y=y if relu else None, stride=stride, padding=padding, dilation=dilation,
+        residual_channel=residual_channel, y=y if relu else None, moments=moments, stride=stride, padding=padding,
+        dilation=dilation, next_zc=next_zc,
     )  # fmt: skip
 
 
@@ -396,6 +451,8 @@ def _norm_inputs(
     y: Tensor | None,
     relu: bool,
     eps: float,
+    moments: Tensor | None,
+    training: bool,
 ) -> torch.dtype:
     """What the dense norms take; the base dtype."""
     check.of_dtype(op, "delta", delta, check.FLOATS)
@@ -428,9 +485,33 @@ def _norm_inputs(
         if y is None:
             raise ValueError(f"dz::{op}: y must be given with relu=True, got None")
         _base_input(op, "y", y, delta, base)
+    if moments is not None:
+        if not training:
+            raise ValueError(f"dz::{op}: moments must be None with training=False, where no norm reads them")
+        check.of_dtype(op, "moments", moments, (torch.float64,))
+        check.of_shape(op, "moments", moments, (perturbations, 2, channels), "[P, 2, C]")
+        check.same_device(op, "moments", moments, "delta", delta)
     if not eps >= 0:
         raise ValueError(f"dz::{op}: eps must be at least 0, got {eps}")
     return base
+
+
+def _next_zc(op: str, next_zc: Tensor | None, delta: Tensor, shape: tuple[int, int, int, int]) -> None:
+    if next_zc is not None:
+        check.of_dtype(op, "next_zc", next_zc, (torch.float64 if delta.dtype == torch.float64 else torch.float32,))
+        check.of_shape(op, "next_zc", next_zc, shape, "[N, O, Ho, Wo]")
+        check.same_device(op, "next_zc", next_zc, "delta", delta)
+        if next_zc.numel() == 0:
+            raise ValueError(f"dz::{op}: next_zc must be non-empty, got {check.shape(next_zc)}")
+
+
+def _no_images(
+    delta: Tensor, weight: Tensor, rows: int, columns: int, next_zc: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What a convolution gives where it has nothing to do."""
+    perturbations, samples, outs = *delta.shape[:2], weight.shape[0]
+    out = weight.new_empty(perturbations, samples, rows, columns, outs).permute(0, 1, 4, 2, 3)
+    return out if next_zc is None else (out, out.new_empty(perturbations, 2, outs, dtype=torch.float64))
 
 
 def _base_input(op: str, name: str, tensor: Tensor, delta: Tensor, dtype: torch.dtype) -> None:

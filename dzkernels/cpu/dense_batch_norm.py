@@ -11,7 +11,9 @@ _HALVES = (torch.float32, torch.bfloat16)
 def dense_batch_norm(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool, residual: Tensor | None,
     residual_channel: Tensor | None, y: Tensor | None, pool: int, gap: Tensor | None, out_dtype: torch.dtype,
+    moments: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    # moments are taken anew: the second pass reads from cache what the first one read
     delta, zc, var, gamma = _last(delta), _last(zc), var.contiguous(), gamma.contiguous()
     if residual is not None:
         residual = _last(residual) if residual_channel is None else residual.contiguous()

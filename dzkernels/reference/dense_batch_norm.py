@@ -4,10 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._norm import moments as moments_of
+
 
 def dense_batch_norm(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool, residual: Tensor | None,
     residual_channel: Tensor | None, y: Tensor | None, pool: int, gap: Tensor | None, out_dtype: torch.dtype,
+    moments: Tensor | None,
 ) -> Tensor:  # fmt: skip
     def at_channel(values: Tensor) -> Tensor:  # [C] -> [C, 1, 1]
         return values[:, None, None]
@@ -20,8 +23,8 @@ def dense_batch_norm(
     s = before.sqrt()
     if training:
         z = zc.double()
-        d = d - moment(d)
-        dvar = moment(d * (2 * z + d))
+        mean, dvar = (moments_of(d, z) if moments is None else moments)[:, :, None, :, None, None].unbind(1)
+        d = d - mean
         after = before + dvar
         after = torch.where(after < before / 16, moment((z + d).square()) + eps, after)
         t = after.sqrt()

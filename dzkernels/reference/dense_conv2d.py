@@ -4,14 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._norm import moments
+
 Size = tuple[int, int]
 
 
 def dense_conv2d(
-    delta: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int
-) -> Tensor:  # fmt: skip
+    delta: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
+    next_zc: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     # channels last is where torch's convolutions are fastest, and what the contract returns
     images = delta.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     out = F.conv2d(images, weight, None, stride, padding, dilation, groups)
-    return out.contiguous(memory_format=torch.channels_last).unflatten(0, delta.shape[:2])
+    out = out.contiguous(memory_format=torch.channels_last).unflatten(0, delta.shape[:2])
+    return out if next_zc is None else (out, moments(out, next_zc))

@@ -9,9 +9,11 @@ from ._common import larger, moved_norm, norm_coefficients, relu_change
 from ._config import Config, launch
 
 # A tile has ROWS pixels and a few channels. The partition of the sums depends on the shape of one perturbation alone,
-# and so do their bits: float32 within a place of the tile, over LOOPS tiles at most, and float64 from there on.
+# and so do their bits: float32 within a place of the tile, over LOOPS tiles at most, and float64 from there on; what is
+# kept of a chunk of tiles is rounded to float32.
 TILE = 1024
 LOOPS = 32
+PARTS: tl.constexpr = tl.constexpr(5)  # what is kept of a chunk for each channel: the rows of `parts`
 _HALVES = (torch.float32, torch.bfloat16)
 
 
@@ -19,15 +21,16 @@ _HALVES = (torch.float32, torch.bfloat16)
 def _moments(
     delta, zc, parts, P, R, C, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOPS: tl.constexpr
 ):  # fmt: skip
-    """parts[p, chunk] = (shift, sums of e, e^2 and zc e) of each channel, e = d - shift."""
+    """parts[p, chunk] = (shift, sums of e, e^2, zc e and zc) of each channel, e = d - shift."""
     # perturbations next to each other: they share the chunk of zc, which stays in L2
     p, chunk = (tl.program_id(0) % P).to(tl.int64), tl.program_id(0) // P
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    d_p = delta + p * R * C
-    # The mean of 8 pixels: near enough to the mean of all, so that sums about it do not cancel.
-    k, seen = tl.arange(0, 8), tl.minimum(R, 8)
+    d_p, first = delta + p * R * C, chunk * LOOPS * ROWS
+    # The mean of 8 pixels of the chunk: near enough to the mean of all, so that sums about it do not cancel.
+    size = tl.minimum(LOOPS * ROWS, R - first)
+    k, seen = tl.arange(0, 8), tl.minimum(size, 8)
     some = tl.load(
-        d_p + (k.to(tl.int64) * R // seen)[:, None] * C + c[None, :],
+        d_p + (first + k.to(tl.int64) * size // seen)[:, None] * C + c[None, :],
         mask=(k < seen)[:, None] & (c < C)[None, :],
         other=0.0,
     ).to(tl.float32)
@@ -35,41 +38,62 @@ def _moments(
     e1 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     e2 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     ze = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    zs = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for loop in range(0, LOOPS):
-        r = (chunk * LOOPS + loop) * ROWS + tl.arange(0, ROWS)
+        r = first + loop * ROWS + tl.arange(0, ROWS)
         inside = (r < R)[:, None] & (c < C)[None, :]
         at = r.to(tl.int64)[:, None] * C + c[None, :]
         d = tl.load(d_p + at, mask=inside, other=0.0).to(tl.float32)
         e = tl.where(inside, d - shift[None, :], 0.0)
         e1 += e
         e2 += e * e
-        ze += e * tl.load(zc + at, mask=inside, other=0.0)
-    to = parts + (p * chunks + chunk) * 4 * C + c
-    tl.store(to, shift.to(tl.float64), mask=c < C)
-    tl.store(to + C, tl.sum(e1.to(tl.float64), 0), mask=c < C)
-    tl.store(to + 2 * C, tl.sum(e2.to(tl.float64), 0), mask=c < C)
-    tl.store(to + 3 * C, tl.sum(ze.to(tl.float64), 0), mask=c < C)
+        z = tl.load(zc + at, mask=inside, other=0.0)
+        ze += e * z
+        zs += z
+    to = parts + (p * chunks + chunk) * PARTS * C + c
+    tl.store(to, shift, mask=c < C)
+    tl.store(to + C, tl.sum(e1.to(tl.float64), 0).to(tl.float32), mask=c < C)
+    tl.store(to + 2 * C, tl.sum(e2.to(tl.float64), 0).to(tl.float32), mask=c < C)
+    tl.store(to + 3 * C, tl.sum(ze.to(tl.float64), 0).to(tl.float32), mask=c < C)
+    tl.store(to + 4 * C, tl.sum(zs.to(tl.float64), 0).to(tl.float32), mask=c < C)
 
 
 @triton.jit
-def _finish(
-    delta, zc, var, gamma, parts, coefficients, R, C, chunks,
-    EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
+def _merge(parts, moments, R, C, chunks, size, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """moments[p] = (mean of d, change of the variance) from the parts of chunks of `size` pixels, in their order."""
     p, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    own = parts + p * chunks * 4 * C
+    own = parts + p * chunks * PARTS * C
+    about = tl.load(own + c, mask=c < C, other=0.0).to(tl.float64)  # all chunks about the shift of the first
     e1 = tl.zeros((COLUMNS,), dtype=tl.float64)
     e2 = tl.zeros((COLUMNS,), dtype=tl.float64)
     ze = tl.zeros((COLUMNS,), dtype=tl.float64)
+    zs = tl.zeros((COLUMNS,), dtype=tl.float64)
     for first in range(0, chunks, AT_ONCE):
         k = first + tl.arange(0, AT_ONCE)
-        sums, known = own + k[:, None] * 4 * C + c[None, :], (k < chunks)[:, None] & (c < C)[None, :]
-        e1 += tl.sum(tl.load(sums + C, mask=known, other=0.0), 0)
-        e2 += tl.sum(tl.load(sums + 2 * C, mask=known, other=0.0), 0)
-        ze += tl.sum(tl.load(sums + 3 * C, mask=known, other=0.0), 0)
+        sums, known = own + k[:, None] * PARTS * C + c[None, :], (k < chunks)[:, None] & (c < C)[None, :]
+        pixels = tl.minimum(size, R - k * size).to(tl.float64)[:, None]
+        away = tl.where(known, tl.load(sums, mask=known, other=0.0).to(tl.float64) - about[None, :], 0.0)
+        sum_e = tl.load(sums + C, mask=known, other=0.0).to(tl.float64)
+        e1 += tl.sum(sum_e + away * pixels, 0)
+        e2 += tl.sum(tl.load(sums + 2 * C, mask=known, other=0.0) + away * (2.0 * sum_e + away * pixels), 0)
+        sum_z = tl.load(sums + 4 * C, mask=known, other=0.0)
+        ze += tl.sum(tl.load(sums + 3 * C, mask=known, other=0.0) + away * sum_z, 0)
+        zs += tl.sum(sum_z.to(tl.float64), 0)
+    mean_d, dvar, _ = moved_norm(e1, e2, ze - e1 / R * zs, about, R, 0.0)
+    tl.store(moments + p * 2 * C + c, mean_d, mask=c < C)
+    tl.store(moments + (p * 2 + 1) * C + c, dvar, mask=c < C)
+
+
+@triton.jit
+def _coefficients(
+    delta, zc, var, gamma, moments, coefficients, R, C, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    p, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     before = tl.load(var + c, mask=c < C, other=1.0) + EPS
     g = tl.load(gamma + c, mask=c < C, other=0.0)
-    mean_d, dvar, after = moved_norm(e1, e2, ze, tl.load(own + c, mask=c < C, other=0.0), R, before)
+    mean_d = tl.load(moments + p * 2 * C + c, mask=c < C, other=0.0)
+    dvar = tl.load(moments + (p * 2 + 1) * C + c, mask=c < C, other=0.0)
+    after = before + dvar
     vanishing = after < before / 16.0
     if tl.max(vanishing.to(tl.int32), 0) > 0:  # four bits are gone: take that variance from the moved values themselves
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float64)
@@ -143,25 +167,45 @@ def _apply(
     tl.store(out + (p * Q + q)[:, None] * C + c[None, :], best, mask=inside)
 
 
-def coefficients_of(delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, eps: float, training: bool) -> Tensor:
-    """What change_at reads: [P, 4, C] from the statistics of delta [P, N, H, W, C], or [C] without training."""
+def coefficients_of(
+    delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, eps: float, training: bool, moments: Tensor | None
+) -> Tensor:
+    """What change_at reads: [P, 4, C] from the moments of delta [P, N, H, W, C], or [C] without training."""
     if not training:
         return (gamma / (var + eps).sqrt()).float()
     perturbations, samples, height, width, channels = delta.shape
     pixels, across = samples * height * width, columns_of(channels)
     rows, strips = TILE // across, triton.cdiv(channels, across)
-    loops = min(LOOPS, triton.next_power_of_2(triton.cdiv(pixels, rows)))
-    chunks = triton.cdiv(pixels, rows * loops)
-    parts = torch.empty(perturbations, chunks, 4, channels, dtype=torch.float64, device=delta.device)
+    if moments is None:
+        loops = min(LOOPS, triton.next_power_of_2(triton.cdiv(pixels, rows)))
+        parts = empty_parts(delta, pixels, rows * loops, channels)
+        _moments[(perturbations * parts.shape[1], strips)](
+            delta, zc, parts, perturbations, pixels, channels, parts.shape[1], ROWS=rows, COLUMNS=across, LOOPS=loops
+        )
+        moments = merged(parts, pixels, rows * loops)
     coefficients = torch.empty(perturbations, 4, channels, dtype=torch.float32, device=delta.device)
-    _moments[(perturbations * chunks, strips)](
-        delta, zc, parts, perturbations, pixels, channels, chunks, ROWS=rows, COLUMNS=across, LOOPS=loops
+    _coefficients[(perturbations, strips)](
+        delta, zc, var, gamma, moments.contiguous(), coefficients, pixels, channels, EPS=eps, ROWS=rows, COLUMNS=across
     )
-    _finish[(perturbations, strips)](
-        delta, zc, var, gamma, parts, coefficients, pixels, channels, chunks, EPS=eps, ROWS=rows, COLUMNS=across,
-        AT_ONCE=8,
-    )  # fmt: skip
     return coefficients
+
+
+def empty_parts(delta: Tensor, pixels: int, size: int, channels: int) -> Tensor:
+    """[P, chunks of `size` pixels, PARTS, C] for the perturbations and on the device of delta."""
+    chunks = triton.cdiv(pixels, size)
+    return torch.empty(len(delta), chunks, PARTS.value, channels, dtype=torch.float32, device=delta.device)
+
+
+def merged(parts: Tensor, pixels: int, size: int) -> Tensor:
+    """moments [P, 2, C] float64 from the parts of chunks of `size` pixels."""
+    perturbations, chunks, _, channels = parts.shape
+    moments = torch.empty(perturbations, 2, channels, dtype=torch.float64, device=parts.device)
+    across = columns_of(channels)
+    _merge[(perturbations, triton.cdiv(channels, across))](
+        parts, moments, pixels, channels, chunks, size, COLUMNS=across,
+        AT_ONCE=min(TILE // across, triton.next_power_of_2(chunks)),
+    )  # fmt: skip
+    return moments
 
 
 def columns_of(channels: int) -> int:
@@ -180,6 +224,7 @@ def kind_of_residual(residual: Tensor | None, channel: Tensor | None) -> tuple[s
 def dense_batch_norm(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool, residual: Tensor | None,
     residual_channel: Tensor | None, y: Tensor | None, pool: int, gap: Tensor | None, out_dtype: torch.dtype,
+    moments: Tensor | None,
 ) -> Tensor:  # fmt: skip
     delta, zc, var, gamma = channels_last(delta), channels_last(zc), var.contiguous(), gamma.contiguous()
     kind, residual, residual_channel = kind_of_residual(residual, residual_channel)
@@ -192,7 +237,7 @@ def dense_batch_norm(
         pixels, results = samples * height * width, samples * rows * columns
         across = columns_of(channels)
         down, strips = TILE // across, triton.cdiv(channels, across)
-        coefficients = coefficients_of(delta, zc, var, gamma, eps, training)
+        coefficients = coefficients_of(delta, zc, var, gamma, eps, training, moments)
 
         def run(config: Config) -> None:
             _apply[(perturbations * triton.cdiv(results, config["ROWS"]), strips)](

@@ -94,7 +94,13 @@ def attention(
     return (*deltas, *(x.transpose(1, 2) for x in base), empty(samples, heads, size, size))
 
 
+def moments(shape: tuple[int, ...]) -> Tensor:
+    """Of differences of this shape, as the convolution before left them."""
+    return empty(shape[0], 2, shape[2], dtype=F64)
+
+
 RESNET = (96, 128, 16, 32, 32)  # P, N, C, H, W of the first stage of ResNet-20
+STAGE_3 = (96, 128, 64, 8, 8)
 ONES = (1, 1, 1, 1, 1)
 X = empty(*RESNET[1:])
 
@@ -139,14 +145,31 @@ CALLS = [
             "batch_norm_conv2d",
             name,
             (last(*shape, dtype=dtype), empty(*shape[1:])),
-            {"weight": empty(shape[2], shape[2], 3, 3, dtype=dtype), "padding": 1, **normed(*shape)},
+            {"weight": empty(shape[2], shape[2], 3, 3, dtype=dtype), "padding": 1, **normed(*shape), **more},
             hot,
         )
-        for name, shape, dtype, hot in (
-            ("C 64 bf16", (96, 128, 64, 8, 8), BF16, True),
-            ("C 64 f32", (96, 128, 64, 8, 8), torch.float32, True),
-            ("C 16 bf16", RESNET, BF16, True),
-            ("ones", ONES, torch.float32, False),
+        for name, shape, dtype, hot, more in (
+            ("C 64 bf16", STAGE_3, BF16, True, {"next_zc": empty(*STAGE_3[1:]), "moments": moments(STAGE_3)}),
+            ("C 64 f32", STAGE_3, torch.float32, True, {"next_zc": empty(*STAGE_3[1:]), "moments": moments(STAGE_3)}),
+            ("C 16 bf16", RESNET, BF16, True, {"next_zc": empty(*RESNET[1:]), "moments": moments(RESNET)}),
+            ("C 16 bf16 alone", RESNET, BF16, True, {}),
+            ("ones", ONES, torch.float32, False, {"next_zc": empty(1, 1, 1, 1)}),
+        )
+    ),
+    *(
+        Call(
+            "dense_conv2d",
+            name,
+            (last(*shape, dtype=dtype), empty(shape[2], shape[2], 3, 3, dtype=dtype)),
+            {"padding": 1, "next_zc": next_zc},
+            hot,
+        )
+        for name, shape, dtype, hot, next_zc in (
+            ("C 64 bf16", STAGE_3, BF16, True, empty(*STAGE_3[1:])),
+            ("C 64 f32", STAGE_3, torch.float32, True, empty(*STAGE_3[1:])),
+            ("C 16 bf16", RESNET, BF16, True, empty(*RESNET[1:])),
+            ("C 64 bf16 alone", STAGE_3, BF16, True, None),
+            ("ones", ONES, torch.float32, False, None),
         )
     ),
     *(
@@ -238,7 +261,7 @@ def launches(call: Call) -> list[Launch]:
         found.append(Launch(kernel, given, options))
 
     run, JITFunction.run = JITFunction.run, record
-    choose, backends.choose = backends.choose, lambda op, device, dtype: "triton"
+    choose, backends.choose = backends.choose, lambda *args, **more: "triton"
     try:
         getattr(dzkernels, call.op)(*call.args, **call.kwargs)
     finally:

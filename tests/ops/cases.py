@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dzkernels
 from dzkernels import backends
+from dzkernels._norm import moments
 from helpers import UNIT, assert_bounded, assert_exact, integers, normal, small_ints, strided
 from ops import (
     test_attention_difference,
@@ -22,6 +23,7 @@ from ops import (
     test_channel_linear_cross_entropy,
     test_cross_entropy_difference,
     test_dense_batch_norm,
+    test_dense_conv2d,
     test_gelu_difference,
     test_layer_norm_difference,
     test_softmax_difference,
@@ -60,12 +62,15 @@ def cases(function: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]
 
 
 def check(op: str, case: Case, backend: str, device: str) -> None:
-    """`backend` on `device` against the reference on the CPU; in odd memory it gives the same bits again."""
+    """`backend` on `device` against the reference on the CPU; in odd memory it gives the same bits again.
 
-    def run(args: dict[str, Any]) -> Tensor:
+    Moments, where they are asked for, against those of the very result that they came with.
+    """
+
+    def run(args: dict[str, Any]) -> tuple[Tensor, ...]:
         moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in args.items()}
         with dzkernels.use_backend(backend):
-            return getattr(dzkernels, op)(**moved).cpu()
+            return tuple(t.cpu() for t in _results(getattr(dzkernels, op)(**moved)))
 
     if backends._refusal(backend, op, torch.device(device), case.dtype) is not None:
         assert case.dtype != torch.float32, f"{backend} refuses {op}"
@@ -75,8 +80,10 @@ def check(op: str, case: Case, backend: str, device: str) -> None:
             return
         raise AssertionError(f"{backend} has no {case.dtype} kernel for {op}, but ran it")
     with dzkernels.use_backend("reference"):
-        wanted = getattr(dzkernels, op)(**case.args)
-    got = run(case.args)
+        wanted, *_ = _results(getattr(dzkernels, op)(**case.args))
+    got, *left = run(case.args)
+    for values in left:
+        assert_bounded(values, *test_dense_conv2d.moments_by_rerun(got, case.args["next_zc"]))
     assert _layout(got) == _layout(wanted), f"strides: got {got.stride()}, wanted {wanted.stride()}"
     if case.nan:
         assert wanted.isnan().any() and torch.equal(got.isnan(), wanted.isnan()), "NaN in other places"
@@ -87,9 +94,14 @@ def check(op: str, case: Case, backend: str, device: str) -> None:
         assert got.dtype == wanted.dtype, f"dtype: got {got.dtype}, wanted {wanted.dtype}"
         unit = HALF if wanted.dtype == torch.bfloat16 else UNIT[wanted.dtype]
         assert_bounded(got, wanted, case.bound + 2 * unit * wanted.double().abs())
-    odd = run({name: strided(v) if isinstance(v, Tensor) else v for name, v in case.args.items()})
+    odd, *again = run({name: strided(v) if isinstance(v, Tensor) else v for name, v in case.args.items()})
     odd = odd.nan_to_num(0) if case.nan else odd
-    assert_exact(odd, got)
+    for one, other in zip([odd, *again], [got, *left], strict=True):
+        assert_exact(one, other)
+
+
+def _results(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return values if isinstance(values, tuple) else (values,)
 
 
 def _layout(values: Tensor) -> list[int]:
@@ -146,6 +158,23 @@ def channel_conv2d() -> Iterator[Case]:
             yield Case(f"{name}, out {out_dtype}", args | {"out_dtype": out_dtype}, None, dtype, "large" in name)
 
 
+@cases
+def dense_conv2d() -> Iterator[Case]:
+    # PyTorch on a CPU sums a single channel in an order that depends on its strides
+    rows = [(row.id, row.values[0]) for row in test_dense_conv2d.SHAPES if row.values[0][1] > 1]
+    for k, (name, shape) in enumerate(rows):
+        for count, dtype in ((2, torch.float32), (1, torch.bfloat16), (0, torch.float32))[: 3 if k == 0 else 2]:
+            delta, weight = (t.to(dtype) for t in test_dense_conv2d.operands(shape, normal, count))
+            args = {"delta": delta, "weight": weight, **test_dense_conv2d.geometry(shape)}
+            wide = (delta.float(), weight.float(), shape)
+            bound = 2 * test_dense_conv2d.roundings(*wide) if count else 0.0  # the reference rounds too
+            yield Case(f"{name}, P={count}, {dtype}", args, bound, dtype, name in LARGE_CONVOLUTIONS)
+            if k % 2 == count % 2:
+                args = args | {"next_zc": test_dense_conv2d.centred(*test_dense_conv2d.by_torch(*wide).shape[1:])}
+                yield Case(f"{name}, P={count}, {dtype}, moments", args, bound, dtype, name in LARGE_CONVOLUTIONS)
+
+
+LARGE_CONVOLUTIONS = ("chunks across perturbations", "an image of several chunks")
 LARGE_CONVOLUTION = ((3, 17, 70, 9, 8), (130, 3, 3), (1, 1, 1))
 
 # Almost nothing of the spread is left but s' >= sqrt(eps), and of two terms that cancel: 8 roundings of gamma |z| / s'.
@@ -197,12 +226,16 @@ def dense_batch_norm() -> Iterator[Case]:
                 args["delta"] = args["delta"].to(dtype)
                 bound = test_dense_batch_norm.by_rerun(args, relu, training)[1] if shape[0] else 0.0
                 args |= {"relu": relu, "training": training, "out_dtype": torch.bfloat16 if k > 1 else torch.float32}
+                if k == 1:
+                    args["moments"] = moments(args["delta"], args["zc"])
                 name = f"{shape}, pool={pool}, relu={relu}, training={training}, residual={residual}"
                 yield Case(name, args, bound, dtype, shape[1] == 19)
     args = test_dense_batch_norm.inputs((2, 4, 6, 8, 8))
     args["delta"] = test_dense_batch_norm.last((args["zc"] * (2.0**-12 - 1)).expand(2, -1, -1, -1, -1))
     largest = (args["gamma"].double().abs() * args["zc"].double().abs().amax((0, 2, 3)))[:, None, None]
     yield Case("a vanishing variance", args, _VANISHING * largest)
+    args = args | {"moments": moments(args["delta"], args["zc"])}
+    yield Case("a vanishing variance, moments", args, _VANISHING * largest)
     args = test_dense_batch_norm.inputs((2, 2, 18, 4, 4), 1.0, 2) | {"relu": True}
     far = args | {"delta": args["delta"] + 1e5}
     yield Case("a large mean", far, test_dense_batch_norm.by_rerun(far, True, True)[1])
@@ -224,6 +257,11 @@ def batch_norm_conv2d() -> Iterator[Case]:
                 args["residual"] = normal(*sizes, seed=6).to(dtype)
             bound = 2 * test_batch_norm_conv2d.by_rerun(args, relu, training, HALF)[1] if sizes[0] else 0.0
             args |= {"relu": relu, "training": training}
+            if residual is not None:
+                wanted = test_batch_norm_conv2d.convolved(args["delta"].float(), args, args["weight"].float())
+                args["next_zc"] = test_dense_conv2d.centred(*wanted.shape[1:])
+            if training and residual is not None:
+                args["moments"] = moments(args["delta"], args["zc"])
             yield Case(f"{name}, residual={residual}", args, bound, dtype, name == "large")
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,38 @@ def test_a_wrong_kernel_does_not_pass(op: str, monkeypatch: pytest.MonkeyPatch) 
     case = next(case for case in CASES[op]() if "P=2" in case.id or case.bound is not None)
     with pytest.raises(AssertionError, match=r"not equal|out of bounds"):
         check(op, case, "cpu", "cpu")
+
+
+@pytest.mark.parametrize("op", ["dense_conv2d", "batch_norm_conv2d"])
+def test_wrong_moments_do_not_pass(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(backend: str, op: str) -> Callable[..., Any]:
+        kernel = getattr(importlib.import_module(f"dzkernels.{backend}.{op}"), op)
+
+        def run(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            out, moments = kernel(*args, **kwargs)
+            return out, moments * (1 + 2.0**-10)
+
+        return run
+
+    monkeypatch.setattr(backends, "implementation", wrong)
+    case = next(case for case in CASES[op]() if "next_zc" in case.args and case.args["delta"].numel() > 1)
+    with pytest.raises(AssertionError, match="out of bounds"):
+        check(op, case, "cpu", "cpu")
+
+
+def test_a_convolution_alone_is_pytorchs_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until a GPU has measured it: Triton's runs where it is asked for, or leaves moments, and nothing is said."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: None)
+    with caplog.at_level(logging.WARNING, logger="dzkernels"):
+        assert backends.choose("dense_conv2d", device, torch.float32) == "reference"
+        with dzkernels.use_backend("triton"):
+            assert backends.choose("dense_conv2d", device, torch.float32) == "triton"
+    assert not caplog.records
+    monkeypatch.setitem(backends._REFUSALS, "cuda", lambda device, dtype: None)
+    assert backends.choose("dense_conv2d", device, torch.float32, fused=True) == "triton"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dzkernels
+from dzkernels._norm import moments
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
 from ops import test_dense_batch_norm
 from ops.test_dense_batch_norm import last
+from ops.test_dense_conv2d import centred, moments_by_rerun
 
 # P, N, C, H, W; O, kernel; stride, padding, dilation
 SHAPES = [
@@ -106,8 +108,24 @@ def test_odd_memory_no_perturbation_and_no_gamma(runner: str) -> None:
         assert_exact(dzkernels.batch_norm_conv2d(**odd, relu=True), wanted)
         none = args | {"delta": args["delta"][:0], "residual": None}
         assert dzkernels.batch_norm_conv2d(**none).shape == (0, *wanted.shape[1:])
+        got, left = dzkernels.batch_norm_conv2d(**none, next_zc=centred(*wanted.shape[1:]))
+        assert (got.shape, left.shape) == ((0, *wanted.shape[1:]), (0, 2, 16))
         ones = dzkernels.batch_norm_conv2d(**args | {"gamma": torch.ones(8)})
         assert_exact(dzkernels.batch_norm_conv2d(**args | {"gamma": None}), ones)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_of_the_norms_before_and_after(shape: Shape, runner: str, dtype: torch.dtype) -> None:
+    args = inputs(shape, 0.1, dtype)
+    wanted, bound = by_rerun(args, True, True)
+    zc = centred(*wanted.shape[1:])
+    args["moments"] = moments(args["delta"], args["zc"])
+    with running(runner):
+        got, left = dzkernels.batch_norm_conv2d(**args, relu=True, next_zc=zc)
+    assert_bounded(got, wanted, bound)
+    assert_bounded(left, *moments_by_rerun(got, zc))
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -145,6 +163,8 @@ GOOD = inputs(((2, 2, 3, 5, 6), (4, 3, 3), (1, 1, 1)))
             r"weight must be of shape \[O, C, kh, kw\] = \[\*, 3, \*, \*\], got \[4, 2, 3, 3\]",
         ),
         ({"weight": GOOD["weight"].to("meta")}, ValueError, r"weight must be on cpu like delta, got meta"),
+        ({"moments": torch.zeros(2, 2, 3)}, TypeError, r"moments must be float64, got float32"),
+        ({"next_zc": torch.zeros(2, 4, 5, 5)}, ValueError, r"\[N, O, Ho, Wo\] = \[2, 4, 5, 6\], got \[2, 4, 5, 5\]"),
         ({"stride": 0}, ValueError, r"stride must be one or two integers of at least 1, got 0"),
         ({"padding": (1, -1)}, ValueError, r"padding must be one or two integers of at least 0, got \(1, -1\)"),
         ({"dilation": 0}, ValueError, r"dilation must be one or two integers of at least 1, got 0"),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dzkernels
+from dzkernels._norm import moments
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
 
 EPS = 1e-5
@@ -162,6 +163,27 @@ def test_bfloat16_in_and_out(runner: str) -> None:
         wide = dzkernels.dense_batch_norm(**{**args, "delta": args["delta"].float()}, relu=True)
         assert_exact(dzkernels.dense_batch_norm(**args, relu=True), wide)
         assert_exact(dzkernels.dense_batch_norm(**args, relu=True, out_dtype=torch.bfloat16), wide.bfloat16())
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_of_the_convolution_before(shape: tuple[int, ...], runner: str) -> None:
+    args = inputs(shape, 0.1)
+    wanted, bound = by_rerun(args, True, True)
+    with running(runner):
+        got = dzkernels.dense_batch_norm(**args, relu=True, moments=moments(args["delta"], args["zc"]))
+    assert_bounded(got, wanted, bound)
+
+
+def test_the_reference_takes_them_as_they_are() -> None:
+    """In float64, so that nothing but the moments can differ: those of another difference give another result."""
+    args = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs((2, 3, 4, 5, 5), 0.1).items()}
+    with dzkernels.use_backend("reference"):
+        wanted = dzkernels.dense_batch_norm(**args)
+        own = moments(args["delta"], args["zc"])
+        assert_exact(dzkernels.dense_batch_norm(**args, moments=own), wanted)
+        for other in (own * torch.tensor([1.0, 1.1])[:, None], own * torch.tensor([1.1, 1.0])[:, None]):
+            assert not torch.allclose(dzkernels.dense_batch_norm(**args, moments=other), wanted)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -333,6 +355,22 @@ CHANNEL = {"residual": torch.zeros(3, 2, 5, 6), "residual_channel": torch.tensor
         ({"pool": 6}, ValueError, r"pool must be an integer in 1..5 \(height and width\), got 6"),
         ({"pool": 2.0}, ValueError, r"pool must be an integer in 1..5 \(height and width\), got 2.0"),
         ({"eps": -1.0}, ValueError, r"eps must be at least 0, got -1.0"),
+        ({"moments": torch.zeros(3, 2, 4)}, TypeError, r"moments must be float64, got float32"),
+        (
+            {"moments": torch.zeros(3, 4, 2).double()},
+            ValueError,
+            r"moments must be of shape \[P, 2, C\] = \[3, 2, 4\], got \[3, 4, 2\]",
+        ),
+        (
+            {"moments": torch.zeros(3, 2, 4, dtype=torch.float64, device="meta")},
+            ValueError,
+            r"moments must be on cpu like delta, got meta",
+        ),
+        (
+            {"moments": torch.zeros(3, 2, 4).double(), "training": False},
+            ValueError,
+            r"moments must be None with training=False",
+        ),
         ({"eps": float("nan")}, ValueError, r"eps must be at least 0, got nan"),
         ({"out_dtype": torch.int64}, TypeError, r"out_dtype must be a floating-point dtype, got torch.int64"),
     ],

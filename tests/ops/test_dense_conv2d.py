@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -42,6 +43,27 @@ def by_torch(delta: Tensor, weight: Tensor, shape: tuple[Any, ...]) -> Tensor:
     return out.unflatten(0, delta.shape[:2])
 
 
+def centred(*shape: int) -> Tensor:
+    """Base input [N, O, Ho, Wo] of a norm minus its mean, in channels-last memory."""
+    values = normal(*shape, seed=9).double()
+    return (values - values.mean((0, 2, 3), keepdim=True)).float().contiguous(memory_format=torch.channels_last)
+
+
+def moments_by_rerun(out: Tensor, zc: Tensor) -> tuple[Tensor, Tensor]:
+    """[P, 2, O] by taking both variances in float64, and how far sums of 256 float32 terms may be from it."""
+    d, z = out.double(), zc.double()
+    mean, dims = d.mean((1, 3, 4)), (1, 3, 4)
+    moved = z + d
+    spreads = [v - v.mean(axes, keepdim=True) for v, axes in ((moved, dims), (z, (0, 2, 3)))]
+    change = spreads[0].square().mean(dims) - spreads[1].square().mean((0, 2, 3))
+    spread = (d - mean[:, None, :, None, None]).abs()
+    unit, terms = UNIT[torch.float32], 256 + 8  # and the roundings of e, of the products and of what is kept of a sum
+    about = spread + spread.amax(dims, keepdim=True) + terms * unit * d.abs().amax(dims, keepdim=True)
+    bound = torch.stack([about.mean(dims), (2 * z.abs() * about + about.square()).mean(dims)], 1)
+    rerun = UNIT[torch.float64] * 64 * (moved.square().mean(dims) + z.square().mean((0, 2, 3)))
+    return torch.stack([mean, change], 1), terms * unit * bound + rerun.unsqueeze(1)
+
+
 A, B = 0.75, 1.5
 TRANSFORMS = {  # F(4, 3) at 0, +-A, +-B and infinity: of the inputs, the weights and the products
     "inputs": [
@@ -74,20 +96,25 @@ def in_tiles(delta: Tensor, weight: Tensor, shape: tuple[Any, ...], magnitudes: 
     return out.unflatten(0, delta.shape[:2])
 
 
+def roundings(delta: Tensor, weight: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """How far a float32 sum may be from the exact one.
+
+    Every term of the sum in tiles is a product of an input transformed twice (each 4 roundings), a weight (1
+    rounding, transformed in float64), and is summed over C channels and twice over points (5 roundings each).
+    """
+    channels, kernel = shape[1] // shape[9], shape[5]
+    if kernel == (3, 3) and shape[6] == shape[8] == (1, 1) and shape[9] == 1:
+        return (channels + 20) * UNIT[torch.float32] * in_tiles(delta, weight, shape, magnitudes=True)
+    terms = channels * kernel[0] * kernel[1]
+    return (terms + 1) * UNIT[torch.float32] * by_torch(delta.abs(), weight.abs(), shape)
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 def test_random_data_is_within_its_roundings(shape: tuple[Any, ...], runner: str, layout: str) -> None:
-    """Every term of the sum in tiles is a product of an input transformed twice (each 4 roundings), a weight (1
-    rounding, transformed in float64), and is summed over C channels and twice over points (5 roundings each)."""
     delta, weight = operands(shape, normal)
-    wanted = by_torch(delta, weight, shape)
-    channels, kernel = shape[1] // shape[9], shape[5]
-    if kernel == (3, 3) and shape[6] == shape[8] == (1, 1) and shape[9] == 1:
-        bound = (channels + 20) * UNIT[torch.float32] * in_tiles(delta, weight, shape, magnitudes=True)
-    else:
-        terms = channels * kernel[0] * kernel[1]
-        bound = (terms + 1) * UNIT[torch.float32] * by_torch(delta.abs(), weight.abs(), shape)
+    wanted, bound = by_torch(delta, weight, shape), roundings(delta, weight, shape)
     if layout == "channels_last":
         delta = delta.movedim(2, -1).contiguous().movedim(-1, 2)
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -120,10 +147,37 @@ def test_other_dtypes_are_plain_sums(shape: tuple[Any, ...], dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_moments_are_of_the_result(shape: tuple[Any, ...], dtype: torch.dtype, mean: float, runner: str) -> None:
+    delta, weight = (t.to(dtype) for t in operands(shape, normal))
+    delta = delta + mean
+    with running(runner):
+        alone = dzkernels.dense_conv2d(delta, weight, **geometry(shape))
+        zc = centred(*alone.shape[1:])
+        got, moments = dzkernels.dense_conv2d(delta, weight, **geometry(shape), next_zc=zc)
+    assert_exact(got, alone)
+    assert moments.dtype == torch.float64
+    assert_bounded(moments, *moments_by_rerun(got, zc))
+
+
+def test_moments_in_float64() -> None:
+    delta, weight = operands(SHAPES[0].values[0], functools.partial(normal, dtype=torch.float64))
+    zc = normal(2, 16, 6, 6, seed=3, dtype=torch.float64)
+    got, moments = dzkernels.dense_conv2d(delta * 1e-7, weight, next_zc=zc - zc.mean((0, 2, 3), keepdim=True))
+    wanted, _ = moments_by_rerun(got, zc - zc.mean((0, 2, 3), keepdim=True))
+    assert_bounded(moments, wanted, 1e-14)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
 def test_no_perturbation(runner: str) -> None:
     with running(runner):
         got = dzkernels.dense_conv2d(torch.ones(0, 2, 16, 5, 5), torch.ones(20, 16, 3, 3))
-    assert got.shape == (0, 2, 20, 3, 3)
+        assert got.shape == (0, 2, 20, 3, 3)
+        zc = torch.ones(2, 20, 3, 3)
+        got, moments = dzkernels.dense_conv2d(torch.ones(0, 2, 16, 5, 5), torch.ones(20, 16, 3, 3), next_zc=zc)
+    assert (got.shape, moments.shape, moments.dtype) == ((0, 2, 20, 3, 3), (0, 2, 20), torch.float64)
 
 
 @pytest.mark.parametrize("runner", [runner for runner in RUNNERS if runner != "reference"])
@@ -163,6 +217,18 @@ GOOD: dict[str, Any] = {"delta": torch.zeros(3, 2, 4, 5, 5), "weight": torch.zer
         ({"padding": -1}, ValueError, r"padding must be one or two integers of at least 0, got -1"),
         ({"dilation": 0}, ValueError, r"dilation must be one or two integers of at least 1, got 0"),
         ({"groups": 4}, ValueError, r"groups must divide the 6 rows of weight, got 4"),
+        (
+            {"next_zc": torch.zeros(2, 6, 3, 2)},
+            ValueError,
+            r"next_zc must be of shape \[N, O, Ho, Wo\] = \[2, 6, 3, 3\], got \[2, 6, 3, 2\]",
+        ),
+        ({"next_zc": torch.zeros(2, 6, 3, 3).double()}, TypeError, r"next_zc must be float32, got float64"),
+        ({"next_zc": torch.zeros(2, 6, 3, 3, device="meta")}, ValueError, r"next_zc must be on cpu like delta, got"),
+        (
+            {"delta": torch.zeros(3, 0, 4, 5, 5), "next_zc": torch.zeros(0, 6, 3, 3)},
+            ValueError,
+            r"next_zc must be non-empty, got \[0, 6, 3, 3\]",
+        ),
         ({"dilation": 3}, ValueError, r"kernel must be at most the padded input \[5, 5\], got \[3, 3\] with dilation"),
     ],
 )
