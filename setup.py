@@ -161,7 +161,7 @@ def ninja_file(
     if cuda.nvcc:
         sources = " ".join(f"{csrc}/{source}.cu" for source in CUDA_SOURCES)
         headers = " ".join(
-            f"{csrc}/cuda/{name}.cuh" for name in ("common", *OPS) if (root / f"csrc/cuda/{name}.cuh").exists()
+            f"{csrc}/cuda/{name}.cuh" for name in ("common", "warp", *OPS) if (root / f"csrc/cuda/{name}.cuh").exists()
         )
         lines += [
             "rule nvcc",

@@ -101,6 +101,7 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("cpu", "mlp_difference"): (torch.bfloat16,),
     ("cpu", "linear_difference"): (torch.bfloat16,),
     ("cpu", "self_attention_difference"): (torch.bfloat16,),
+    ("cuda", "dense_conv2d"): (torch.bfloat16,),
     ("triton", "conv2d_tap"): (torch.bfloat16,),
     ("triton", "channel_conv2d"): (torch.bfloat16,),
     ("triton", "dense_batch_norm"): (torch.bfloat16,),
@@ -112,8 +113,8 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
 }
 
 # Kernels that PyTorch's own op (cuDNN's) may beat and that no GPU has measured: they run where they are asked for by
-# name, or for more than that op has.
-_ON_REQUEST = frozenset({("triton", "dense_conv2d")})
+# name, and where it is True also for more than that op has.
+_ON_REQUEST = {("cuda", "dense_conv2d"): False, ("triton", "dense_conv2d"): True}
 
 
 @functools.cache
@@ -183,8 +184,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, *, fused: bool = F
     else:
         refusals, waived = {}, False
         for chosen in BACKENDS:
-            if (chosen, op) in _ON_REQUEST and not fused:
-                waived = True
+            if (chosen, op) in _ON_REQUEST and not (fused and _ON_REQUEST[chosen, op]):
+                waived = not fused
                 continue
             refused_here = _refusal(chosen, op, device, dtype)
             if refused_here is None:

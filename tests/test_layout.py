@@ -23,7 +23,7 @@ COMPLETE = [
 ]
 COMPOSED = {"batch_norm_conv2d"}  # made of other ops and of torch on CPUs: no C++ kernel
 NATIVE = [op for op in dzkernels.OPS if op not in COMPOSED]
-SHARED = {"common", "compile_all"}  # and what begins with an underscore
+SHARED = {"common", "compile_all", "warp"}  # and what begins with an underscore
 
 
 def stems(folder: Path, suffix: str) -> set[str]:

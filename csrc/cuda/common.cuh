@@ -1,6 +1,6 @@
 // What the CUDA kernels share. No framework headers: everything here compiles on a machine with nvcc and no GPU, and
-// the kernels also compile as plain C++ with one thread per block (csrc/tests/cuda_on_host.h), so that their indexing
-// can be tested without a GPU. Kernels must therefore be right for any power-of-two block size, 1 included.
+// the kernels also compile as plain C++ (csrc/tests/cuda_on_host.h), so that they can be tested without a GPU. They are
+// right for any power-of-two block size, 1 included, but for those that say how many threads they need.
 #pragma once
 
 #include <cmath>
@@ -9,8 +9,8 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 // Dynamic shared memory of a kernel.
-#define DZ_SHARED(type, name)            \
-  extern __shared__ double name##_raw[]; \
+#define DZ_SHARED(type, name)                          \
+  extern __shared__ __align__(16) double name##_raw[]; \
   type* name = reinterpret_cast<type*>(name##_raw)
 #define DZ_EXPORT extern "C" __attribute__((visibility("default")))
 #else

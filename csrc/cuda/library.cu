@@ -4,5 +4,6 @@
 #include "channel_conv2d.cuh"
 #include "conv2d_tap.cuh"
 #include "cross_entropy_difference.cuh"
+#include "dense_conv2d.cuh"
 
 DZ_EXPORT const char* dz_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

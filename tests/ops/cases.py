@@ -41,6 +41,7 @@ class Case:
             None: bit for bit
     dtype   of the differences: a kernel that does not take it must say so
     large   too slow for the interpreter
+    refused backends that must say that they do not take this, though they have a kernel
     nan     NaN is wanted wherever the reference has it, and nowhere else
     """
 
@@ -50,6 +51,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     large: bool = False
     nan: bool = False
+    refused: tuple[str, ...] = ()
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {}
@@ -72,8 +74,8 @@ def check(op: str, case: Case, backend: str, device: str) -> None:
         with dzkernels.use_backend(backend):
             return tuple(t.cpu() for t in _results(getattr(dzkernels, op)(**moved)))
 
-    if backends._refusal(backend, op, torch.device(device), case.dtype) is not None:
-        assert case.dtype != torch.float32, f"{backend} refuses {op}"
+    if backend in case.refused or backends._refusal(backend, op, torch.device(device), case.dtype) is not None:
+        assert backend in case.refused or case.dtype != torch.float32, f"{backend} refuses {op}"
         try:
             run(case.args)
         except dzkernels.BackendError:
@@ -162,16 +164,39 @@ def channel_conv2d() -> Iterator[Case]:
 def dense_conv2d() -> Iterator[Case]:
     # PyTorch on a CPU sums a single channel in an order that depends on its strides
     rows = [(row.id, row.values[0]) for row in test_dense_conv2d.SHAPES if row.values[0][1] > 1]
-    for k, (name, shape) in enumerate(rows):
+    for k, (name, shape) in enumerate([*rows, *TENSOR_CORES]):
+        large, refused = name in LARGE_CONVOLUTIONS or k >= len(rows), () if _for_tensor_cores(shape) else ("cuda",)
         for count, dtype in ((2, torch.float32), (1, torch.bfloat16), (0, torch.float32))[: 3 if k == 0 else 2]:
             delta, weight = (t.to(dtype) for t in test_dense_conv2d.operands(shape, normal, count))
             args = {"delta": delta, "weight": weight, **test_dense_conv2d.geometry(shape)}
             wide = (delta.float(), weight.float(), shape)
             bound = 2 * test_dense_conv2d.roundings(*wide) if count else 0.0  # the reference rounds too
-            yield Case(f"{name}, P={count}, {dtype}", args, bound, dtype, name in LARGE_CONVOLUTIONS)
+            yield Case(f"{name}, P={count}, {dtype}", args, bound, dtype, large, refused=refused)
             if k % 2 == count % 2:
                 args = args | {"next_zc": test_dense_conv2d.centred(*test_dense_conv2d.by_torch(*wide).shape[1:])}
-                yield Case(f"{name}, P={count}, {dtype}, moments", args, bound, dtype, name in LARGE_CONVOLUTIONS)
+                yield Case(f"{name}, P={count}, {dtype}, moments", args, bound, dtype, large, refused=refused)
+    for name, shape in TENSOR_CORES:
+        delta, weight = (t.bfloat16() for t in test_dense_conv2d.operands(shape, small_ints, 1))
+        args = {"delta": delta, "weight": weight, **test_dense_conv2d.geometry(shape)}
+        yield Case(f"{name}, small integers", args, None, torch.bfloat16, large=True)
+
+
+TENSOR_CORES = [
+    ("several tiles", (5, 64, 8, 8, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1)),
+    ("two tiles side by side", (1, 48, 4, 70, 32, (3, 3), (2, 1), (0, 2), (1, 1), 1)),
+    ("many images of a pixel", (90, 16, 1, 1, 128, (3, 3), (1, 1), (1, 1), (1, 1), 1)),
+    ("an odd size, stride 2", (3, 32, 9, 7, 48, (3, 3), (2, 2), (1, 1), (1, 1), 1)),
+    ("ResNet-20, stage 1", (17, 16, 32, 32, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1)),
+    ("ResNet-20, stage 2", (17, 16, 32, 32, 32, (3, 3), (2, 2), (1, 1), (1, 1), 1)),
+    ("ResNet-20, stage 3", (130, 64, 8, 8, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1)),
+]
+
+
+def _for_tensor_cores(shape: tuple[Any, ...]) -> bool:
+    """Whether dzkernels/cuda/dense_conv2d.py takes it."""
+    _, channels, _, _, outs, kernel, stride, _, dilation, groups = shape
+    plain = kernel == (3, 3) and dilation == (1, 1) and groups == 1 and max(stride) <= 2
+    return plain and channels % 16 == 0 and outs % 16 == 0
 
 
 LARGE_CONVOLUTIONS = ("chunks across perturbations", "an image of several chunks")

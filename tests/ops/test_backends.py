@@ -162,6 +162,20 @@ def test_cuda_tensors_fall_back_in_order(monkeypatch: pytest.MonkeyPatch, caplog
     assert backends.choose("conv2d_tap", device, torch.float32) == "cuda"
 
 
+def test_the_tensor_core_kernel_runs_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(dtype: torch.dtype) -> str:
+        return backends.choose("dense_conv2d", torch.device("cuda", 0), dtype)
+
+    with dzkernels.use_backend("cuda"):
+        monkeypatch.setattr(backends._load, "cuda_error", lambda: None)
+        assert choose(torch.float32) == choose(torch.bfloat16) == "cuda"
+        with pytest.raises(dzkernels.BackendError, match="'cuda' was requested but its kernels are float32"):
+            choose(torch.float16)
+        monkeypatch.setattr(backends._load, "cuda_error", lambda: "dzkernels was built without CUDA (DZ_CUDA=0)")
+        with pytest.raises(dzkernels.BackendError, match="'cuda' was requested but dzkernels was built without CUDA"):
+            choose(torch.bfloat16)
+
+
 @pytest.mark.parametrize("op", CASES)
 def test_the_table_of_cases_holds_for_the_cpu_kernels(op: str) -> None:
     for case in CASES[op]():
@@ -200,16 +214,21 @@ def test_wrong_moments_do_not_pass(op: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_convolution_alone_is_pytorchs_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Until a GPU has measured it: Triton's runs where it is asked for, or leaves moments, and nothing is said."""
+    """Until a GPU has measured them: ours run where they are asked for, Triton's to leave moments; nothing is said."""
     device = torch.device("cuda", 0)
-    monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: None)
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backends._REFUSALS, name, lambda device, dtype: None)
     with caplog.at_level(logging.WARNING, logger="dzkernels"):
         assert backends.choose("dense_conv2d", device, torch.float32) == "reference"
-        with dzkernels.use_backend("triton"):
-            assert backends.choose("dense_conv2d", device, torch.float32) == "triton"
+        for name in ("cuda", "triton"):
+            with dzkernels.use_backend(name):
+                assert backends.choose("dense_conv2d", device, torch.float32) == name
+        assert backends.choose("dense_conv2d", device, torch.float32, fused=True) == "triton"
     assert not caplog.records
-    monkeypatch.setitem(backends._REFUSALS, "cuda", lambda device, dtype: None)
-    assert backends.choose("dense_conv2d", device, torch.float32, fused=True) == "triton"
+    monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: "no compiler")
+    with caplog.at_level(logging.WARNING, logger="dzkernels"):
+        assert backends.choose("dense_conv2d", device, torch.float32, fused=True) == "reference"
+    assert "runs on backend 'reference' because better ones cannot (triton: no compiler)" in caplog.text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

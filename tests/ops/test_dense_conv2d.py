@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,9 @@ from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, small_ints, strided
+
+ROOT = Path(__file__).resolve().parents[2]
+by_cuda = importlib.import_module("dzkernels.cuda.dense_conv2d")
 
 # N, C, H, W, O, kernel, stride, padding, dilation, groups
 SHAPES = [
@@ -199,6 +205,85 @@ def test_nan_stays_in_its_image(runner: str) -> None:
         got = dzkernels.dense_conv2d(delta, torch.ones(16, 16, 3, 3), padding=1)
     assert got[0, 1, :, :2, :2].isnan().all()
     assert_exact(got[0, ::2], torch.zeros(2, 16, 8, 8))
+
+
+# --- the CUDA kernel's launcher, without a GPU: csrc/tests has the kernel
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of launches, which do nothing here; the device is an A100."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(by_cuda, "launch", lambda *args: calls.append(args))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    return calls
+
+
+def run_cuda(delta: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    plain = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "next_zc": None}
+    return by_cuda.dense_conv2d(delta, weight, **(plain | options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "misaligned"])
+def test_what_the_cuda_kernel_is_given(dtype: torch.dtype, layout: str, launched: list[tuple[Any, ...]]) -> None:
+    delta, weight = small_ints(3, 2, 16, 9, 8, seed=1, dtype=dtype), small_ints(48, 16, 3, 3, seed=2, dtype=dtype)
+    wanted = delta.permute(0, 1, 3, 4, 2).contiguous(), weight.permute(0, 2, 3, 1).contiguous()
+    if layout == "strided":
+        delta, weight = strided(delta), strided(weight)
+    elif layout == "misaligned":
+        holder = torch.zeros(delta.numel() + 1, dtype=dtype)
+        delta = holder[1:].view(wanted[0].shape).copy_(wanted[0]).permute(0, 1, 4, 2, 3)
+        assert delta.permute(0, 1, 3, 4, 2).is_contiguous()
+    out = run_cuda(delta, weight, stride=(2, 1), padding=(0, 3))
+    (op, images, turned, result, *sizes), = launched  # fmt: skip
+    assert op == "dense_conv2d"
+    for tensor, same in ((images, wanted[0]), (turned, wanted[1])):
+        assert_exact(tensor, same)
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 16 == 0
+    assert out.shape == (3, 2, 48, 4, 12)
+    assert result.data_ptr() == out.data_ptr()
+    assert out.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert sizes == [int(dtype is torch.bfloat16), 6, 9, 8, 16, 4, 12, 48, 2, 1, 0, 3]
+    source = (ROOT / "csrc" / "cuda" / "dense_conv2d.cuh").read_text()
+    declared = re.search(r"dz_dense_conv2d\(([^)]*)\)", source)
+    assert declared is not None
+    names = re.findall(r"(?:void\*|int64_t) (\w+)", declared.group(1))
+    assert " ".join(names) == "delta weight out half images H W C Ho Wo O stride_h stride_w pad_h pad_w"
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        (
+            (16, 5, 5, 16, 2, 2),
+            {},
+            r"3x3 weights and strides of 1 or 2, without dilation or groups, got 2x2",
+        ),
+        ((16, 9, 9, 16, 3, 3), {"stride": (1, 3)}, r"got 3x3, stride=\(1, 3\), dilation=\(1, 1\), groups=1"),
+        ((16, 9, 9, 16, 3, 3), {"dilation": (2, 1)}, r"dilation=\(2, 1\), groups=1"),
+        ((32, 5, 5, 16, 3, 3), {"groups": 2}, "groups=2"),
+        ((18, 5, 5, 16, 3, 3), {}, "multiples of 16 channels, of float32 at most 128 in, got 18 in and 16 out"),
+        ((16, 5, 5, 24, 3, 3), {}, "got 16 in and 24 out"),
+        ((144, 5, 5, 16, 3, 3), {}, "at most 128 in, got 144 in and 16 out"),
+    ],
+)
+def test_what_the_cuda_kernel_refuses(
+    shape: tuple[int, ...], options: dict[str, Any], message: str, launched: list[tuple[Any, ...]]
+) -> None:
+    channels, height, width, outs, *kernel = shape
+    weight = torch.zeros(outs, channels // options.get("groups", 1), *kernel)
+    with pytest.raises(dzkernels.BackendError, match=f"dz::dense_conv2d: backend 'cuda' was requested but .*{message}"):
+        run_cuda(torch.zeros(1, 2, channels, height, width), weight, **options)
+    assert not launched
+
+
+def test_the_cuda_kernel_refuses_older_gpus(monkeypatch: pytest.MonkeyPatch, launched: list[tuple[Any, ...]]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(dzkernels.BackendError, match=r"its kernel needs compute capability 8\.0, cpu has 7\.5"):
+        run_cuda(torch.zeros(1, 2, 16, 5, 5), torch.zeros(16, 16, 3, 3))
+    assert not launched
 
 
 GOOD: dict[str, Any] = {"delta": torch.zeros(3, 2, 4, 5, 5), "weight": torch.zeros(6, 2, 3, 3), "groups": 2}
