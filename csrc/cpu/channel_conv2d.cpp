@@ -11,7 +11,8 @@ constexpr int pixels(int registers) { return 2 * kPixels / registers; }
 struct Taps {
   const int64_t* offset;  // [count] from the first tap, in the padded plane
   int64_t count;          // kh * kw
-  int64_t pixel_in;       // distance of neighbouring output pixels in the padded plane
+  int64_t row_in;         // distance of neighbouring output rows in the padded plane
+  int64_t pixel_in;       // of neighbouring output pixels there
   int64_t pixel_out;      // and in the output
 };
 
@@ -52,17 +53,28 @@ DZ_INLINE void tile(const Taps& taps, const float* in, const float* packed, Out*
   }
 }
 
-// One output row of `width` pixels. The last tile overlaps the one before it and writes the same values again.
+// All output rows, of `width` pixels each. The last tile of a row overlaps the one before it and writes the same values
+// again.
 template <int PIXELS, int REGISTERS, typename Out>
-void row(const Taps& taps, const float* in, const float* packed, Out* out, int64_t channels, int64_t width) {
+void tiles(const Taps& taps, const float* in, const float* packed, Out* out, int64_t channels, int64_t width,
+           int64_t rows) {
   if (width >= PIXELS) {
-    for (int64_t v = 0; v < width; v += PIXELS) {
-      const int64_t at = lesser(v, width - PIXELS);
-      tile<PIXELS, REGISTERS>(taps, in + at * taps.pixel_in, packed, out + at * taps.pixel_out, channels);
+    for (int64_t u = 0; u < rows; ++u, in += taps.row_in, out += width * taps.pixel_out) {
+      for (int64_t v = 0; v < width; v += PIXELS) {
+        const int64_t at = lesser(v, width - PIXELS);
+        tile<PIXELS, REGISTERS>(taps, in + at * taps.pixel_in, packed, out + at * taps.pixel_out, channels);
+      }
     }
   } else if constexpr (PIXELS > 1) {
-    row<PIXELS / 2, REGISTERS>(taps, in, packed, out, channels, width);
+    tiles<PIXELS / 2, REGISTERS>(taps, in, packed, out, channels, width, rows);
   }
+}
+
+// Short runs, for which a call of memcpy takes longer than the copy.
+DZ_INLINE void copy(const float* from, float* to, int64_t size) {
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8) store(to + i, load<Float8>(from + i));
+  for (; i < size; ++i) to[i] = from[i];
 }
 
 template <typename Out>
@@ -78,7 +90,7 @@ void convolve(const float* delta, const int64_t* channel, const float* weight, O
 
   Scratch<int64_t> offset(T);
   for (int64_t t = 0; t < T; ++t) offset.data[t] = t / kw * dil_h * Wp + t % kw * dil_w;
-  const Taps taps = {offset.data, T, stride_w, O};
+  const Taps taps = {offset.data, T, stride_h * Wp, stride_w, O};
   // Per thread: the weights of one input channel, packed [block][T][channels of the block], and one padded plane. Both
   // are rounded up to cache lines, so that threads do not share one.
   const int64_t packed_size = ceil_div(T * wide, 16) * 16, plane_size = ceil_div(Hp * Wp, 16) * 16;
@@ -112,22 +124,17 @@ void convolve(const float* delta, const int64_t* channel, const float* weight, O
         if (pad_h == 0 && pad_w == 0) {
           // The plane is its own padded form.
         } else {
-          for (int64_t h = 0; h < H; ++h) {
-            __builtin_memcpy(plane + (h + pad_h) * Wp + pad_w, in + h * W, static_cast<size_t>(W) * sizeof(float));
-          }
+          for (int64_t h = 0; h < H; ++h) copy(in + h * W, plane + (h + pad_h) * Wp + pad_w, W);
           in = plane;
         }
         Out* to = out + (p * N + n) * Ho * Wo * O;
         if (out_per_group < O) __builtin_memset(to, 0, static_cast<size_t>(Ho * Wo * O) * sizeof(Out));
         to += first;
-        for (int64_t u = 0; u < Ho; ++u, to += Wo * O) {
-          const float* from = in + u * stride_h * Wp;
-          for (int64_t b = 0; b < wide; b += block) {
-            if (wide - b >= block) {
-              row<pixels(2), 2>(taps, from, packed + b * T, to + b, out_per_group - b, Wo);
-            } else {
-              row<pixels(1), 1>(taps, from, packed + b * T, to + b, out_per_group - b, Wo);
-            }
+        for (int64_t b = 0; b < wide; b += block) {
+          if (wide - b >= block) {
+            tiles<pixels(2), 2>(taps, in, packed + b * T, to + b, out_per_group - b, Wo, Ho);
+          } else {
+            tiles<pixels(1), 1>(taps, in, packed + b * T, to + b, out_per_group - b, Wo, Ho);
           }
         }
       }

@@ -178,6 +178,20 @@ void apply(const In* d, const float* zc, const Residual* residual, const float* 
 template <typename Out>
 void pool_row(const float* moved, const float* gap, float* row, Out* out, int64_t pool, int64_t stride, int64_t columns,
               int64_t C) {
+  if (pool == 2 && C >= kLanes) {
+    const float *below = moved + stride, *gap_below = gap + stride;
+    for (int64_t v = 0; v < columns; ++v, out += C) {
+      for (int64_t c = 0; c < C; c += kLanes) {  // the last vector overlaps the one before it
+        const int64_t at = lesser(c, C - kLanes), x = 2 * v * C + at;
+        const Vec left =
+            larger(load<Vec>(moved + x) + load<Vec>(gap + x), load<Vec>(below + x) + load<Vec>(gap_below + x));
+        const Vec right = larger(load<Vec>(moved + x + C) + load<Vec>(gap + x + C),
+                                 load<Vec>(below + x + C) + load<Vec>(gap_below + x + C));
+        store_vec(out + at, larger(left, right));
+      }
+    }
+    return;
+  }
   const int64_t width = columns * pool * C;
   int64_t x = 0;
   for (; x + kLanes <= width; x += kLanes) {
