@@ -265,10 +265,10 @@ __global__ void __launch_bounds__(Block::kThreads)
   }
 }
 
-// Sets the tile: all 256 pixels where `whole`, else fewer until a block's memory fits into `limit` bytes. False where
-// it does not fit.
+// Sets the tile, of 256 pixels or of fewer until a block's memory fits into `limit` bytes. Returns the outputs of a
+// tile, 0 where nothing fits.
 template <typename Block>
-bool plan(DenseConv2d& s, int64_t limit, bool whole) {
+int64_t plan(DenseConv2d& s, int64_t limit) {
   s.tile_w = divide_up(s.Wo, divide_up(s.Wo, 64));
   s.tile_h = s.Ho < kTilePixels / s.tile_w ? s.Ho : kTilePixels / s.tile_w;
   s.tile_h = divide_up(s.Ho, divide_up(s.Ho, s.tile_h));
@@ -282,21 +282,36 @@ bool plan(DenseConv2d& s, int64_t limit, bool whole) {
                Block::kStages * Block::patch_bytes(s);
     s.down = divide_up(s.Ho, s.tile_h), s.across = divide_up(s.Wo, s.tile_w);
     s.tiles = (s.images + s.tile_images - 1) / s.tile_images * s.down * s.across;
-    if (s.shared <= limit) return true;
+    if (s.shared <= limit) {
+      const int pixels = s.tile_images * s.tile_h * s.tile_w, busy = divide_up(pixels, 16 * Block::kRows);
+      return static_cast<int64_t>(pixels) * Block::kOuts * (busy < 4 ? busy : 4);
+    }
     int& most = s.tile_images > 1 ? s.tile_images : s.tile_h > 1 ? s.tile_h : s.tile_w;
-    if (whole || most == 1) return false;
+    if (most == 1) return 0;
     most = divide_up(most, 2);
   }
 }
 
-// Plans `s` and calls run(Block) with the most output channels that leave room for a whole tile; false where no block
-// can do it.
+// Plans `s` and calls run(Block) with the block that has the best tiles, of several the one that reads the input least
+// often; false where no block can do it.
 template <typename T, int BYTES, typename Run>
 bool with_block(DenseConv2d& s, int64_t limit, Run run) {
-  if (s.O % 64 == 0 && plan<ConvBlock<T, BYTES, 64>>(s, limit, true)) return run(ConvBlock<T, BYTES, 64>()), true;
-  if (s.O % 32 == 0 && plan<ConvBlock<T, BYTES, 32>>(s, limit, true)) return run(ConvBlock<T, BYTES, 32>()), true;
-  if (s.O % 16 == 0 && plan<ConvBlock<T, BYTES, 16>>(s, limit, false)) return run(ConvBlock<T, BYTES, 16>()), true;
-  return false;
+  DenseConv2d wide = s, medium = s, narrow = s;
+  const int64_t by_64 = s.O % 64 == 0 ? plan<ConvBlock<T, BYTES, 64>>(wide, limit) : 0;
+  const int64_t by_32 = s.O % 32 == 0 ? plan<ConvBlock<T, BYTES, 32>>(medium, limit) : 0;
+  const int64_t by_16 = s.O % 16 == 0 ? plan<ConvBlock<T, BYTES, 16>>(narrow, limit) : 0;
+  if (by_64 == 0 && by_32 == 0 && by_16 == 0) return false;
+  if (by_64 >= by_32 && by_64 >= by_16) {
+    s = wide;
+    run(ConvBlock<T, BYTES, 64>());
+  } else if (by_32 >= by_16) {
+    s = medium;
+    run(ConvBlock<T, BYTES, 32>());
+  } else {
+    s = narrow;
+    run(ConvBlock<T, BYTES, 16>());
+  }
+  return true;
 }
 
 template <typename Run>
