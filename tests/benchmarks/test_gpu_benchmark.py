@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import floors, gpu, peers, report
+from benchmarks import convolutions, floors, gpu, peers, report
 from benchmarks.cases import build, sample
 
 OURS, REUSE = ("ours", "float32", "default"), ("block reuse", "float32", "tuned")
@@ -196,3 +196,57 @@ def test_the_committed_page_is_the_committed_rows() -> None:
         assert count == build(gpu.WORKS[line["work"]], batch=1).count
         seconds = max(floor.flops / 989e12, 4 * floor.values / 3.35e12)
         assert float(line["half_step_s"]) == pytest.approx(2 * seconds * (count + 1), rel=1e-3)
+
+
+# --- convolutions one by one
+
+
+@pytest.fixture
+def _unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of this process are those of the other tests too."""
+    monkeypatch.setattr(gpu, "prepare", lambda setting: None)
+
+
+@pytest.mark.usefixtures("_unprepared")
+def test_convolutions_are_raced_on_the_same_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rehearsal, in a table that keeps a row for each way."""
+    out = tmp_path / "rows.csv"
+    quick = ["--device", "cpu", "--quick", "--out", str(out)]
+    table = convolutions.main(quick)
+    ways = [(work, way) for work in ("convolution", "norm and convolution") for way in ("cpu", "reference")]
+    ways.append(("norm and convolution", "cpu, fused"))
+    for dtype in convolutions.DTYPES:
+        assert sorted((r["work"], r["way"]) for r in table if r["dtype"] == dtype) == sorted(ways)
+    assert all(r["verdict"] == "ok" and float(r["us"]) > 0 for r in table), table
+    assert len(_read(out)) == len(table) == 10
+    assert capsys.readouterr().out.count("x PyTorch's") == 4
+    convolutions.main([*quick, "--dtype", "float32"])
+    assert len(_read(out)) == 10
+
+
+@pytest.mark.usefixtures("_unprepared")
+def test_a_wrong_convolution_does_not_win(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    convolve = convolutions.Work.convolution
+
+    def wrong(self: convolutions.Work, backend: str, moved: torch.Tensor | None = None) -> torch.Tensor:
+        out = convolve(self, backend, moved)
+        return out * (1 + 2.0**-5) if backend == "cpu" else out
+
+    def fail(self: convolutions.Work, backend: str) -> torch.Tensor:
+        raise RuntimeError("no room\nat all")
+
+    monkeypatch.setattr(convolutions.Work, "convolution", wrong)
+    monkeypatch.setattr(convolutions.Work, "fused", fail)
+    table = convolutions.main(["--device", "cpu", "--quick", "--dtype", "bfloat16"])
+    verdicts = {(r["work"], r["way"]): r["verdict"] for r in table}
+    assert [verdicts[work, "cpu"] for work in ("convolution", "norm and convolution")] == ["wrong", "wrong"]
+    assert verdicts["norm and convolution", "cpu, fused"] == "failed: no room"
+    assert capsys.readouterr().out.count("reference ") == 4  # two rows, and both won
+
+
+def test_what_convolutions_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="no dtype called int8: there are bfloat16, float32"):
+        convolutions.main(["--device", "cpu", "--dtype", "int8"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"torch sees no CUDA device\. --device cpu --quick rehearses"):
+        convolutions.main([])
