@@ -14,11 +14,13 @@ struct DenseConv2d {
   int H, W, C, Ho, Wo, O, stride_h, stride_w, pad_h, pad_w;  // strides are 1 or 2
   // set by plan()
   int tile_images, tile_h, tile_w, patch_h, patch_w, down, across;  // tiles of an image: down x across
-  int64_t tiles, shared;                                            // shared: bytes
+  int tiles;
+  int64_t shared;  // bytes
 };
 
 constexpr int kTaps = 9;
 constexpr int kTilePixels = 256;  // most output pixels of a tile
+constexpr int64_t kMostTiles = int64_t{1} << 30;
 
 __host__ __device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -42,6 +44,7 @@ struct ConvBlock {
   static constexpr int kRows = OUTS * static_cast<int>(sizeof(T)) > 64 ? 2 : 4;  // 16 pixels each, of a warp
   static constexpr int kWarps = kTilePixels / (16 * kRows);
   static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kResident = kThreads > 128 ? 1 : OUTS == 16 ? 4 : 3;  // blocks that registers leave room for
   static constexpr int kStages = 2;  // patches in shared memory: one is used, the others are on the way
   static constexpr int kParts = sizeof(T) == 4 ? 2 : 1;              // float32 is the sum of two tf32
   static constexpr int kRun = sizeof(T) == 4 || OUTS == 16 ? 2 : 4;  // products whose results a thread stores at once
@@ -73,9 +76,10 @@ struct ConvTile {
   int row, column;
 };
 
-__device__ inline ConvTile tile_at(const DenseConv2d& s, int64_t tile) {
-  const int of_image = s.down * s.across, within = static_cast<int>(tile % of_image);
-  return {tile / of_image * s.tile_images, within / s.across * s.tile_h, within % s.across * s.tile_w};
+__device__ inline ConvTile tile_at(const DenseConv2d& s, int tile) {
+  const int of_image = s.down * s.across, within = tile % of_image;
+  return {static_cast<int64_t>(tile / of_image) * s.tile_images, within / s.across * s.tile_h,
+          within % s.across * s.tile_w};
 }
 
 // Begins to copy a slice of the patch of a tile; each warp takes whole rows.
@@ -87,11 +91,11 @@ __device__ inline void copy_patch(const DenseConv2d& s, const T* delta, const Co
   for (int row = y; row < s.tile_images * s.patch_h; row += Block::kWarps, y += Block::kWarps) {
     while (y >= s.patch_h) y -= s.patch_h, ++image;
     const bool known = tile.image + image < s.images && top + y >= 0 && top + y < s.H;
-    const int64_t from = ((tile.image + image) * s.H + top + y) * s.W + left;
+    const int64_t from = (((tile.image + image) * s.H + top + y) * s.W + left) * s.C + slice * Block::kSlice;
     for (int unit = lane; unit < s.patch_w * Block::kUnits; unit += 32) {
       const int x = unit / Block::kUnits, part = unit % Block::kUnits;
       const bool inside = known && left + x >= 0 && left + x < s.W;
-      const int64_t at = (from + x) * s.C + slice * Block::kSlice + part * Block::kUnitValues;
+      const int64_t at = from + (x * s.C + part * Block::kUnitValues);
       const int pixel = row * row_pixels + column_of(x, s.stride_w, phase);
       copy_async(to + static_cast<uint32_t>(pixel * Block::kPitch + part * 16), inside ? delta + at : delta, inside);
     }
@@ -141,7 +145,7 @@ __device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[PARTS][4], 
 // Blocks along x share the tiles, blocks along y the output channels. delta [images, H, W, C], weight [O, 3, 3, C],
 // out [images, Ho, Wo, O], all aligned to 16 bytes. Needs exactly Block::kThreads threads.
 template <typename Block, typename T = typename Block::Type>
-__global__ void __launch_bounds__(Block::kThreads)
+__global__ void __launch_bounds__(Block::kThreads, Block::kResident)
     dense_conv2d_kernel(const T* delta, const T* weight, T* out, DenseConv2d s) {
   DZ_SHARED(ConvPixel, pixels);
   constexpr int kOuts = Block::kOuts, kRows = Block::kRows, kRun = Block::kRun;
@@ -179,7 +183,7 @@ __global__ void __launch_bounds__(Block::kThreads)
   }
 
   const int slices = s.C / Block::kSlice;
-  int64_t ahead = blockIdx.x;  // the tile whose patch is copied next
+  int ahead = static_cast<int>(blockIdx.x);  // the tile whose patch is copied next
   int ahead_slice = 0, ahead_stage = 0;
   const auto copy_next = [&] {
     if (ahead < s.tiles) {
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(Block::kThreads)
                         patches + static_cast<uint32_t>(ahead_stage) * patch_bytes);
     }
     commit_copies();
-    if (++ahead_slice == slices) ahead_slice = 0, ahead += gridDim.x;
+    if (++ahead_slice == slices) ahead_slice = 0, ahead += static_cast<int>(gridDim.x);
     if (++ahead_stage == Block::kStages) ahead_stage = 0;
   };
   copy_weights<Block>(s, weight, first, weights);
@@ -195,7 +199,7 @@ __global__ void __launch_bounds__(Block::kThreads)
 
   float sum[kRows][kOuts / 8][4];
   int stage = 0;
-  for (int64_t tile = blockIdx.x; tile < s.tiles; tile += gridDim.x) {
+  for (int tile = static_cast<int>(blockIdx.x); tile < s.tiles; tile += static_cast<int>(gridDim.x)) {
     DZ_UNROLL
     for (int r = 0; r < kRows; ++r) {
       DZ_UNROLL
@@ -281,7 +285,9 @@ int64_t plan(DenseConv2d& s, int64_t limit) {
     s.shared = static_cast<int64_t>(kTilePixels * sizeof(ConvPixel)) + Block::kOuts * Block::weight_pitch(s.C) +
                Block::kStages * Block::patch_bytes(s);
     s.down = divide_up(s.Ho, s.tile_h), s.across = divide_up(s.Wo, s.tile_w);
-    s.tiles = (s.images + s.tile_images - 1) / s.tile_images * s.down * s.across;
+    const int64_t tiles = (s.images + s.tile_images - 1) / s.tile_images * s.down * s.across;
+    if (tiles > kMostTiles) return 0;
+    s.tiles = static_cast<int>(tiles);
     if (s.shared <= limit) {
       const int pixels = s.tile_images * s.tile_h * s.tile_w, busy = divide_up(pixels, 16 * Block::kRows);
       return static_cast<int64_t>(pixels) * Block::kOuts * (busy < 4 ? busy : 4);
