@@ -11,6 +11,7 @@ namespace dz {
 namespace {
 
 typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef int64_t Lanes8 __attribute__((vector_size(64)));
 
 constexpr int64_t kLaneTerms = 8;  // float32 terms that a lane adds before the sum goes on in float64
 constexpr int64_t kTogether = 8;   // rows whose divisions, roots and logarithms overlap
@@ -131,7 +132,7 @@ DZ_INLINE Double8 widen_sum(Vec v) {
 #endif
 }
 
-// As sum(), by halves of a register.
+// As totals_of, of one.
 DZ_INLINE double total_of(Double8 v) {
   typedef double Double4 __attribute__((vector_size(32)));
   typedef double Double2 __attribute__((vector_size(16)));
@@ -142,6 +143,23 @@ DZ_INLINE double total_of(Double8 v) {
   __builtin_memcpy(quarter, &four, sizeof(four));
   const Double2 two = quarter[0] + quarter[1];
   return two[0] + two[1];
+}
+
+// Lane i: the sum of v[i], by halves of a register as in total_of.
+DZ_INLINE Double8 totals_of(const Double8 (&v)[8]) {
+  Double8 four[4], two[2];  // rows i and i + 4; then i, i + 2, i + 4, i + 6
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    four[i] = __builtin_shuffle(v[i], v[i + 4], Lanes8{0, 1, 2, 3, 8, 9, 10, 11}) +
+              __builtin_shuffle(v[i], v[i + 4], Lanes8{4, 5, 6, 7, 12, 13, 14, 15});
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    two[i] = __builtin_shuffle(four[i], four[i + 2], Lanes8{0, 1, 8, 9, 4, 5, 12, 13}) +
+             __builtin_shuffle(four[i], four[i + 2], Lanes8{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+  return __builtin_shuffle(two[0], two[1], Lanes8{0, 8, 2, 10, 4, 12, 6, 14}) +
+         __builtin_shuffle(two[0], two[1], Lanes8{1, 9, 3, 11, 5, 13, 7, 15});
 }
 
 // x = k ln 2 + r with |r| <= 0.347, `scale` = 2^k; -87 <= x <= 88 or NaN.

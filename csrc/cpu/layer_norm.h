@@ -13,7 +13,7 @@ DZ_INLINE Vec first(Vec v, int64_t n) {
   return lane < static_cast<int32_t>(n) ? v : Vec{};
 }
 
-double sum_of(const float* d, int64_t M) {
+Double8 sum_of(const float* d, int64_t M) {
   Double8 total = {};
   for (int64_t i = 0; i < M;) {
     Vec part = {};
@@ -25,11 +25,12 @@ double sum_of(const float* d, int64_t M) {
     }
     total += widen_sum(part);
   }
-  return total_of(total);
+  return total;
 }
 
+// Sums of e, (zc + e)^2 and e (2 zc + e), e = d - shift, for the rows of one call, each in eight parts.
 struct Moments {
-  double e, moved, change;  // sums of e, (zc + e)^2 and e (2 zc + e), e = d - shift
+  Double8 e[kTogether] = {}, moved[kTogether] = {}, change[kTogether] = {};
 };
 
 struct Parts {
@@ -42,7 +43,7 @@ struct Parts {
   }
 };
 
-Moments moments(const float* d, const float* zc, float shift, int64_t M) {
+void moments(const float* d, const float* zc, float shift, int64_t M, Moments& to, int64_t row) {
   Double8 e = {}, moved = {}, change = {};
   for (int64_t i = 0; i < M;) {
     Parts part;
@@ -56,7 +57,7 @@ Moments moments(const float* d, const float* zc, float shift, int64_t M) {
     moved += widen_sum(part.moved);
     change += widen_sum(part.change);
   }
-  return {total_of(e), total_of(moved), total_of(change)};
+  to.e[row] = e, to.moved[row] = moved, to.change[row] = change;
 }
 
 // out = gamma (a (d - shift - rest) - b zc)
@@ -95,17 +96,22 @@ void norm_rows(const In* delta, float* wide, const float* z, const double* var, 
   const float* d = as_floats(delta, wide, count * M);
   float shift[kTogether] = {}, rest[kTogether], a[kTogether], b[kTogether];
   if (centre) {
-    for (int64_t i = 0; i < count; ++i) shift[i] = static_cast<float>(sum_of(d + i * M, M) / size);
+    Double8 sums[kTogether] = {};
+    for (int64_t i = 0; i < count; ++i) sums[i] = sum_of(d + i * M, M);
+    store(shift, __builtin_convertvector(totals_of(sums) / size, Float8));
   }
+  Moments sums;
+  for (int64_t i = 0; i < count; ++i) moments(d + i * M, z + i * M, shift[i], M, sums, i);
+  const Double8 left = centre ? totals_of(sums.e) / size : Double8{};
+  const Double8 moved = totals_of(sums.moved) / size - left * left, dvar = totals_of(sums.change) / size - left * left;
+  Double8 s = {}, t = {};
   for (int64_t i = 0; i < count; ++i) {
-    const Moments total = moments(d + i * M, z + i * M, shift[i], M);
-    const double left = centre ? total.e / size : 0.0;
-    const double moved = total.moved / size - left * left, dvar = total.change / size - left * left;
-    const double s = __builtin_sqrt(var[i] + eps), t = __builtin_sqrt((moved < 0.0 ? 0.0 : moved) + eps);
-    rest[i] = static_cast<float>(left);
-    a[i] = static_cast<float>(1.0 / t);
-    b[i] = static_cast<float>(dvar / (s * t * (s + t)));
+    s[i] = __builtin_sqrt(var[i] + eps);
+    t[i] = __builtin_sqrt((moved[i] < 0.0 ? 0.0 : moved[i]) + eps);
   }
+  store(rest, __builtin_convertvector(left, Float8));
+  store(a, __builtin_convertvector(1.0 / t, Float8));
+  store(b, __builtin_convertvector(dvar / (s * t * (s + t)), Float8));
   for (int64_t i = 0; i < count; ++i) {
     if (gamma != nullptr) {
       normalise<true>(d + i * M, z + i * M, gamma, to + i * to_row, shift[i], rest[i], a[i], b[i], M);

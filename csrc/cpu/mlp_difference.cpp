@@ -7,9 +7,9 @@ namespace {
 constexpr int64_t kKnown = 1 << 17;  // numbers known of the bases of a tile of rows, which stay in cache
 
 // finish(values, row of the result, index of its first element)
-template <typename Product, typename In, typename Finish>
+template <typename Product, typename In, typename To, typename Finish>
 void all(const In* delta, Norm norm, const float* up, const float* z, const float* down, int64_t P, int64_t R,
-         int64_t K, int64_t H, int64_t M, bool tanh, Finish finish) {
+         int64_t K, int64_t H, int64_t M, bool tanh, const To* to, Finish finish) {
   typedef typename Product::Number Number;
   const int64_t wide = ceil_div(H, 16) * 16, last = ceil_div(M, 16) * 16;
   const int64_t in_row = Product::depth(K), hidden_row = Product::depth(H);
@@ -47,6 +47,8 @@ void all(const In* delta, Norm norm, const float* up, const float* z, const floa
       for (int64_t p = part * P / parts; p < (part + 1) * P / parts; ++p) {
         const int64_t first = p * R + start;
         take_rows(norm, delta + first * K, start, rows, K, in, in_row, result);
+        if (p + 1 < (part + 1) * P / parts) fetch_ahead<false>(delta + (first + R) * K, rows * K);
+        fetch_ahead<true>(to + first * M, rows * M);
         Product::multiply(in, in_row, filled, ups.data, K, result, wide, H);
         for (int64_t r = 0; r < rows; ++r) {
           if (tanh) {
@@ -74,9 +76,9 @@ void DZ_KERNEL(mlp_difference)(const void* delta, const float* zc, const double*
     const Norm norm = {zc, var, gamma, eps};
     const auto run = [&](const auto* from) {
       if (narrow) {
-        all<HalfProduct>(from, norm, up, z, down, P, R, K, H, M, tanh, finish);
+        all<HalfProduct>(from, norm, up, z, down, P, R, K, H, M, tanh, to, finish);
       } else {
-        all<VectorProduct<false>>(from, norm, up, z, down, P, R, K, H, M, tanh, finish);
+        all<VectorProduct<false>>(from, norm, up, z, down, P, R, K, H, M, tanh, to, finish);
       }
     };
     if (half) {

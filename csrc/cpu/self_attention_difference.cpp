@@ -42,6 +42,8 @@ void all(const In* delta, Norm norm, const float* weight, const float* q, const 
       for (int64_t at = part * P / parts; at < (part + 1) * P / parts; ++at) {
         const int64_t first = (at * N + n) * T;
         take_rows(norm, delta + first * K, n * T, T, K, in, in_row, result);
+        if (at + 1 < (part + 1) * P / parts) fetch_ahead<false>(delta + (first + N * T) * K, T * K);
+        fetch_ahead<true>(to + first * M, T * M);
         for (int64_t h = 0; h < H; ++h) {
           const int64_t b = n * H + h;
           float *keys = packed + h * packed_size, *values = keys + keys_size;
