@@ -117,6 +117,18 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
 _ON_REQUEST = {("cuda", "dense_conv2d"): False, ("triton", "dense_conv2d"): True}
 
 
+# Where plans give convolutions the norms around them. On CPUs that was measured, and loses.
+_FUSING = frozenset({"triton"})
+
+
+def fuses_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend that runs batch_norm_conv2d there is one for which plans should ask for it."""
+    forced = _forced.get() or os.environ.get("DZ_BACKEND")
+    names = (forced,) if forced else ("cpu", "reference") if device.type == "cpu" else BACKENDS
+    chosen = next((name for name in names if _refusal(name, "batch_norm_conv2d", device, dtype) is None), "")
+    return chosen in _FUSING
+
+
 @functools.cache
 def has_kernel(backend: str, op: str) -> bool:
     return importlib.util.find_spec(f"dzkernels.{backend}.{op}") is not None

@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from dzkernels import backends
+
 from .base import Base, interpret
 from .capture import Bound, Cache, Graph
 from .carriers import Carrier, OneEntry
@@ -219,7 +221,9 @@ class Engine:
         known = self._routes.setdefault(graph, {})
         if name not in known:
             shape = self.model.get_parameter(name).shape
-            known[name] = route(graph, name, shape, self.block, self.operands.itemsize, self._device)
+            known[name] = route(
+                graph, name, shape, self.block, self.operands.itemsize, self._device, fused=self._fuses_convolutions()
+            )
         return known[name]
 
     def joint_steps(self, graph: Graph, names: Sequence[str]) -> tuple[Step, ...]:
@@ -228,8 +232,12 @@ class Engine:
         key = tuple(names)
         if key not in known:
             known.clear()  # masks may name other parameters at every step: keep the last one only
-            known[key] = schedule(reach(graph, names), graph.loss)
+            known[key] = schedule(reach(graph, names), graph.loss, convolutions=self._fuses_convolutions())
         return known[key]
+
+    def _fuses_convolutions(self) -> bool:
+        where = torch.device("cpu") if self._device is None else self._device.where
+        return backends.fuses_convolutions(where, self.dtype)
 
     # --- queries
 

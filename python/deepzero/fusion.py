@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ import dzkernels
 from .base import Layouts
 from .carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, select
 from .rules.attention import attention_base, attention_scale
+from .rules.linear import Geometry
 from .rules.loss import plain_labels
 from .rules.norm import UPDATING, centred, layer_base
 
@@ -39,27 +40,36 @@ class Step:
     kernel  name of the fused kernel, or "" for the generic rule of a single node
     apply   runs it
     frees   values that nothing reads after this step
+    parts   the same nodes in shorter stretches, for when the kernel does not fit; without any, the generic rules run
     """
 
     nodes: tuple[fx.Node, ...]
     kernel: str
     apply: Apply | None
     frees: tuple[fx.Node, ...]
+    parts: tuple[Step, ...] = ()
 
 
-def schedule(suffix: Sequence[fx.Node], loss: fx.Node) -> tuple[Step, ...]:
-    """The suffix as steps: fused where a pattern matches, otherwise node by node."""
+def schedule(suffix: Sequence[fx.Node], loss: fx.Node, *, convolutions: bool = False) -> tuple[Step, ...]:
+    """The suffix as steps: fused where a pattern matches, otherwise node by node.
+
+    ``convolutions``: they take over the norms around them (:data:`CONVOLUTIONS`), where
+    :func:`dzkernels.backends.fuses_convolutions` says so.
+    """
     inside = set(suffix)
     taken: set[fx.Node] = set()
     groups: dict[fx.Node, tuple[tuple[fx.Node, ...], str, Apply | None]] = {}
+    parts: dict[fx.Node, tuple[Step, ...]] = {}
     for node in suffix:
         if node in taken:
             continue
-        for match in PATTERNS:
+        for match in (*(CONVOLUTIONS if convolutions else ()), *PATTERNS):
             found = match(node, inside)
             if found is not None and not taken & set(found[0]):
                 taken.update(found[0])
                 groups[found[0][-1]] = found
+                if match in CONVOLUTIONS:
+                    parts[found[0][-1]] = tuple(replace(step, frees=()) for step in schedule(found[0], loss))
                 break
         else:
             groups[node] = ((node,), "", None)
@@ -70,7 +80,9 @@ def schedule(suffix: Sequence[fx.Node], loss: fx.Node) -> tuple[Step, ...]:
             for source in node.all_input_nodes:
                 last[source] = i
     return tuple(
-        Step(nodes, name, apply, tuple(s for s, k in last.items() if k == i and s is not loss))
+        Step(
+            nodes, name, apply, tuple(s for s, k in last.items() if k == i and s is not loss), parts.get(nodes[-1], ())
+        )
         for i, (nodes, name, apply) in enumerate(ordered)
     )
 
@@ -98,6 +110,20 @@ class _Norm:
 
 
 def _norm_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
+    found = _norm_parts(node, inside)
+    if found is None:
+        return None
+    nodes, parts = found
+    return nodes, _norm_name(parts), lambda run: _run_norm(run, parts)
+
+
+def _norm_name(parts: _Norm) -> str:
+    after = {"+residual": parts.residual is not None, "+relu": parts.relu is not None, "+pool": parts.pool > 1}
+    return "batch_norm" + "".join(name for name, there in after.items() if there)
+
+
+def _norm_parts(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], _Norm] | None:
+    """The nodes of the stretch that begins with this norm, and its parts."""
     if node.target not in (*UPDATING, *_RUNNING) or node.args[0].meta["val"].dim() != 4:  # type: ignore[union-attr]
         return None
     result = _only_user(node, inside)
@@ -123,9 +149,7 @@ def _norm_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, .
         if picked is not None and picked.target is operator.getitem and picked.args[1] == 0:
             nodes += [user, picked]
             pool, at = k, picked
-    parts = _Norm(node, residual, before, relu, pool, at)
-    name = "batch_norm" + ("+residual" if residual else "") + ("+relu" if relu else "") + ("+pool" if pool > 1 else "")
-    return tuple(nodes), name, lambda run: _run_norm(run, parts)
+    return tuple(nodes), _Norm(node, residual, before, relu, pool, at)
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
@@ -151,19 +175,17 @@ def _run_norm(run: Block, parts: _Norm) -> Carrier | None:
         return None
     d, extra = run.raw(x), run.raw(parts.residual)
     affine = [c for c in (run.raw(gamma), run.raw(beta)) if c is not Zero]
-    zc, v, y, gap = run.saved(parts.norm, "fused", lambda: _saves(run, parts, training, mean, var))
+    zc, v, y, gap = _saved(run, parts)
     after: dict[str, Any] = {"relu": parts.relu is not None, "pool": parts.pool}
     if isinstance(d, Dense) and not affine:
         if isinstance(extra, OneChannel) and extra.dim != 1:
             return None
-        weight = None if gamma is None else run.exact(gamma)
-        out = dzkernels.dense_batch_norm(
-            d.values, zc.images, v, weight, eps=eps, training=training, out_dtype=run.operands,
-            residual=None if extra is Zero else extra.values,
-            residual_channel=extra.channel if isinstance(extra, OneChannel) else None,
-            y=y.images if y is not None else None, gap=gap.images if gap is not None else None, **after,
+        return Dense(
+            dzkernels.dense_batch_norm(
+                **_dense_norm(run, parts, d, extra), gap=gap.images if gap is not None else None, pool=parts.pool,
+                out_dtype=run.operands,
+            )
         )  # fmt: skip
-        return Dense(out)
     if isinstance(d, Dense) and all(isinstance(c, Dense) for c in (*affine, *([] if extra is Zero else [extra]))):
         return _run_moving_affine(run, parts, (zc, v, y, gap), training, eps)
     if extra is not Zero:
@@ -190,6 +212,26 @@ def _run_norm(run: Block, parts: _Norm) -> Carrier | None:
     else:
         return None
     return OneChannel(tuple(run.exact(parts.out).shape), 1, channel, out)
+
+
+def _dense_norm(run: Block, parts: _Norm, d: Dense, extra: Any) -> dict[str, Any]:
+    """What dense_batch_norm and batch_norm_conv2d take alike, where neither weight nor bias of the norm moves."""
+    training, eps, _, _ = _statistics(parts.norm)
+    x, gamma = parts.norm.args[:2]
+    zc, var, y, _ = _saved(run, parts)
+    return {
+        "delta": d.values,
+        "zc": zc.images,
+        "var": var,
+        "gamma": None if gamma is None else run.exact(gamma),
+        "eps": eps,
+        "training": training,
+        "residual": None if extra is Zero else extra.values,
+        "residual_channel": extra.channel if isinstance(extra, OneChannel) else None,
+        "y": y.images if y is not None else None,
+        "relu": parts.relu is not None,
+        "moments": run.moments.get(x) if training else None,  # type: ignore[arg-type]
+    }
 
 
 def _run_moving_affine(
@@ -231,6 +273,11 @@ def _statistics(norm: fx.Node) -> tuple[bool, float, Any, Any]:
     return bool(rest[2]), float(rest[4]), rest[0], rest[1]  # type: ignore[arg-type]
 
 
+def _saved(run: Block, parts: _Norm) -> tuple[Layouts, Tensor, Layouts | None, Layouts | None]:
+    training, _, mean, var = _statistics(parts.norm)
+    return run.saved(parts.norm, "fused", lambda: _saves(run, parts, training, mean, var))  # type: ignore[no-any-return]
+
+
 def _saves(
     run: Block, parts: _Norm, training: bool, mean: Any, var: Any
 ) -> tuple[Layouts, Tensor, Layouts | None, Layouts | None]:
@@ -257,6 +304,90 @@ def _saves(
         Layouts(y, run.dtype) if relu else None,
         Layouts(gap, run.dtype) if gap is not None else None,
     )
+
+
+# --- (batch norm (+ residual) (+ ReLU) +) convolution (+ moments of the next norm), where the backend fuses them
+
+STRIP = 64
+"""Output channels of one program of Triton's convolutions: the input is read once for each strip of them."""
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A convolution, the stretch before it that nothing else reads, and the norm in training that alone reads it."""
+
+    before: _Norm | None
+    conv: fx.Node
+    after: _Norm | None
+
+
+def _norm_and_convolution(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
+    found = _norm_parts(node, inside)
+    if found is None or node.args[0] not in inside:
+        return None
+    nodes, before = found
+    # An activation that others read too (the residual of a block) has to be written all the same. The stretch would
+    # save one reading of it, a seventh of a residual block's traffic, and apply norm and sum again for every weight
+    # that reads it, so the norm keeps it: in one pass, with the moments that the convolution before left.
+    user = _only_user(before.out, inside)
+    parts = None if user is None or before.pool > 1 or user.args[0] is not before.out else _around(user, inside, before)
+    if parts is None:
+        return None
+    return (*nodes, parts.conv), f"{_norm_name(before)}+{_conv_name(parts)}", lambda run: _run_convolution(run, parts)
+
+
+def _convolution_and_moments(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
+    parts = _around(node, inside, None)
+    if parts is None or parts.after is None or node.args[0] not in inside:
+        return None
+    return (node,), _conv_name(parts), lambda run: _run_convolution(run, parts)
+
+
+def _conv_name(parts: _Convolution) -> str:
+    return "conv2d" + ("+moments" if parts.after is not None else "")
+
+
+def _around(conv: fx.Node, inside: set[fx.Node], before: _Norm | None) -> _Convolution | None:
+    """The convolution and its norms; None for another node, for what the kernels do not do, and where nothing is saved.
+
+    Counted in values of a difference through memory. With the norm before it, its input is read once for each strip,
+    where the norm reads it and writes what the convolution reads; moments save the next norm one reading.
+    """
+    if conv.target is not aten.convolution.default or conv.meta["val"].dim() != 4:
+        return None
+    geometry = Geometry(conv)
+    if geometry.transposed or (before is not None and geometry.groups > 1):
+        return None
+    user = _only_user(conv, inside)
+    found = None if user is None or user.args[0] is not conv else _norm_parts(user, inside)
+    after = found[1] if found is not None and _statistics(found[1].norm)[0] else None
+    taken, given = conv.args[0].meta["val"][0].numel(), conv.meta["val"][0].numel()  # type: ignore[union-attr]
+    strips = -(-conv.meta["val"].shape[1] // (geometry.groups * STRIP))
+    alone = taken * (3 if before is not None else 1) + given * (after is not None)
+    return _Convolution(before, conv, after) if taken * strips < alone else None
+
+
+def _run_convolution(run: Block, parts: _Convolution) -> Carrier | None:
+    conv, before, after = parts.conv, parts.before, parts.after
+    still = [*conv.args[1:3], *(before.norm.args[1:5] if before is not None else ())]
+    d, extra = run.raw((before.norm if before is not None else conv).args[0]), run.raw(before and before.residual)
+    if run.dtype is not torch.float32 or not isinstance(d, Dense) or any(run.raw(n) is not Zero for n in still):
+        return None
+    if not (extra is Zero or isinstance(extra, Dense) or (isinstance(extra, OneChannel) and extra.dim == 1)):
+        return None
+    weight, spacing = run.low(conv.args[1]).to(run.operands), Geometry(conv).spacing
+    next_zc = _saved(run, after)[0].images if after is not None else None
+    result: Tensor | tuple[Tensor, Tensor]
+    if before is None:
+        result = dzkernels.dense_conv2d(d.values.to(run.operands), weight, **spacing, next_zc=next_zc)
+    else:
+        del spacing["groups"]
+        moved = _dense_norm(run, before, d, extra)
+        result = dzkernels.batch_norm_conv2d(weight=weight, **moved, **spacing, next_zc=next_zc)
+    out, left = result if isinstance(result, tuple) else (result, None)
+    if left is not None:
+        run.moments[conv] = left
+    return Dense(out)
 
 
 # --- linear + cross-entropy of labels, for a difference in one feature
@@ -559,7 +690,9 @@ def _run_attention(run: Block, parts: _SelfAttention) -> Carrier | None:
     return Dense(out.reshape(run.count, *run.exact(project).shape))
 
 
-PATTERNS: list[Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]] = [
+Pattern = Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]
+
+PATTERNS: list[Pattern] = [
     _norm_stretch,
     _head_stretch,
     _attention_stretch,
@@ -567,3 +700,6 @@ PATTERNS: list[Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str,
     _linear_stretch,
 ]
 """Tried in order at every node of a suffix."""
+
+CONVOLUTIONS: list[Pattern] = [_norm_and_convolution, _convolution_and_moments]
+"""Tried before them where the backend fuses convolutions."""

@@ -89,7 +89,7 @@ _MIXING = (
 )
 
 
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {
         operator.getitem,
         aten.view.default,
@@ -138,7 +138,7 @@ def peak_bytes(steps: Sequence[Step], starts: Sequence[fx.Node], *, dense: bool,
             if any(n in shares for n in node.all_input_nodes):
                 shares[node] = _share(node, shares, entries)
         out = step.nodes[-1]
-        source = out.args[0] if len(step.nodes) == 1 and out.target in _VIEWS else None
+        source = out.args[0] if len(step.nodes) == 1 and out.target in VIEWS else None
         owners[out] = owners.get(source, out) if isinstance(source, fx.Node) else out
         if owners[out] is out:
             held[out] = width * _size(out) * shares.get(out, 0.0)
@@ -156,13 +156,24 @@ def budget(device: Device | None) -> int:
     return MEMORY if device is None else int(FRACTION * device.free())
 
 
-def route(graph: Graph, name: str, shape: Sequence[int], block: int | None, width: int, device: Device | None) -> Route:
+def route(
+    graph: Graph,
+    name: str,
+    shape: Sequence[int],
+    block: int | None,
+    width: int,
+    device: Device | None,
+    *,
+    fused: bool = False,
+) -> Route:
     """The route of one parameter; ``block`` overrides the size that memory suggests at ``width`` bytes a value.
+
+    ``fused``: convolutions take over the norms around them.
 
     Off the CPU that is a power of two, which does not follow every little change of the free memory.
     """
     suffix = reach(graph, [name])
-    steps = schedule(suffix, graph.loss)
+    steps = schedule(suffix, graph.loss, convolutions=fused)
     need = peak_bytes(steps, graph.placeholders(name), dense=False, width=width)
     fits = max(1, min(budget(device) // need, MOST))
     if device is not None:

@@ -39,6 +39,7 @@ class Block:
         self.operands = operands
         self.strict = strict
         self.differences: dict[fx.Node, Any] = {}
+        self.moments: dict[fx.Node, Tensor] = {}  # [P, 2, C] of the differences of some convolutions (dense_conv2d)
 
     # what rules read
 
@@ -163,24 +164,34 @@ def run_block(
     block = Block(base, count, operands=operands or base.dtype, strict=strict)
     block.differences.update(seeds)
     loss = base.graph.loss
+
+    def run(step: Step) -> None:
+        carrier = step.apply(block) if step.apply is not None else None
+        fused = carrier is not None
+        if carrier is not None:
+            block.differences[step.nodes[-1]] = carrier
+        elif step.parts:
+            for part in step.parts:
+                run(part)
+            return
+        else:
+            for node in step.nodes:
+                carrier = block.follow(node)
+                if carrier is not Zero:
+                    block.differences[node] = carrier
+        if observe is not None:
+            observe(step, carrier, fused)
+
     try:
         with torch.no_grad(), no_autocast():
             for step in steps:
-                carrier = step.apply(block) if step.apply is not None else None
-                fused = carrier is not None
-                if carrier is not None:
-                    block.differences[step.nodes[-1]] = carrier
-                else:
-                    for node in step.nodes:
-                        carrier = block.follow(node)
-                        if carrier is not Zero:
-                            block.differences[node] = carrier
-                if observe is not None:
-                    observe(step, carrier, fused)
+                run(step)
                 for source in step.frees:
                     block.differences.pop(source, None)
+                    block.moments.pop(source, None)
         final = block.d(loss)
     finally:
+        block.moments.clear()
         block.differences.clear()  # what remakes a saved base value (HeldBase) still knows the block
     if final is Zero:
         return torch.zeros(count, dtype=torch.float64, device=_device(base))

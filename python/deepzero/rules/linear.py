@@ -196,7 +196,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-class _Geometry:
+class Geometry:
     """The constants of a convolution node; called as ``geometry(images, weight, groups)``."""
 
     def __init__(self, node: Any) -> None:
@@ -235,7 +235,7 @@ class _Geometry:
 def convolution(run: Block, node: Any) -> Carrier:
     """x [N, C, *spatial] with w [O, C / groups, *kernel], or [C, O / groups, *kernel] when transposed."""
     x, w, bias = node.args[:3]
-    conv = _Geometry(node)
+    conv = Geometry(node)
     shape = tuple(run.exact(node).shape)
     dx, dw = run.raw(x), run.d(w)
     total: Carrier = Zero
@@ -249,7 +249,7 @@ def convolution(run: Block, node: Any) -> Carrier:
     return carriers.add(total, _bias(run, node, bias, 1)) if bias is not None else total
 
 
-def _one_channel_in(run: Block, conv: _Geometry, dx: OneChannel, weight: Tensor, shape: tuple[int, ...]) -> Carrier:
+def _one_channel_in(run: Block, conv: Geometry, dx: OneChannel, weight: Tensor, shape: tuple[int, ...]) -> Carrier:
     """One input channel moves: only its column of the weight takes part, and only its group's outputs move."""
     groups = conv.groups
     if groups == 1 and conv.has_kernels(run.dtype):
@@ -274,7 +274,7 @@ def _one_channel_in(run: Block, conv: _Geometry, dx: OneChannel, weight: Tensor,
     return Dense(full)
 
 
-def _kernel_moves(run: Block, conv: _Geometry, x: Any, dw: Any, shape: tuple[int, ...]) -> Carrier:
+def _kernel_moves(run: Block, conv: Geometry, x: Any, dw: Any, shape: tuple[int, ...]) -> Carrier:
     """(x + dx) convolved with the difference of the weight."""
     dx, groups = run.d(x), conv.groups
     if isinstance(dw, OneEntry):
