@@ -1,4 +1,4 @@
-"""The least that one query must cost: the arithmetic and the traffic of the products that remain.
+"""The least that one query must cost, by the arithmetic and traffic of the products that remain; and what a plan moves.
 
 Counted, not derived: two coordinates of a parameter are estimated and one, on the reference backend, whose products
 are all plain PyTorch; the difference is one query. Both counts are linear in the batch, so two samples suffice.
@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import dzkernels
 from deepzero import CGE
+from deepzero.carriers import Dense, OneChannel, OneEntry
+from deepzero.fusion import Step
+from deepzero.plan import VIEWS, route
+from deepzero.rules.norm import UPDATING
 
 from .cases import MU, Case, Work, build, objective
 
@@ -69,6 +73,51 @@ def count(work: Work) -> Floor:
     with torch.no_grad():
         logits = work.batch * case.model(case.batch[0]).shape[1]  # of a query that needs no product: all it must change
     return Floor(max(flops, 2 * logits), max(values, logits))
+
+
+def planned(work: Work, *, fused: bool) -> float:
+    """Bytes of differences in bfloat16 that the plan of a query reads and writes, mean over the mask.
+
+    Step by step of the plan that fuses convolutions or of the one that does not: what a step reads once each, what a
+    norm in training reads a second time where no convolution left its moments, and what the step gives. Views move
+    nothing; base values and weights are shared by a block and stay in cache.
+    """
+    case = build(work, batch=SAMPLES)
+    estimator = CGE(case.model, objective, mu=MU, precision="bfloat16")
+    engine, total = estimator.engine, 0.0
+    with dzkernels.use_backend("reference"), engine.prepared(case.batch) as ready:
+        assert ready.base is not None
+        for name, chosen in case.mask.items():
+            where = chosen.nonzero()[:1]
+            if len(where):
+                shape, share = tuple(chosen.shape), int(chosen.sum()) / case.count
+                steps = route(ready.base.graph, name, shape, 1, 2, None, fused=fused).steps
+                moved = _Moved()
+                seed = {name: OneEntry(shape, where, torch.full((1,), MU))}
+                engine.run(ready.base, steps, seed, 1, moved)
+                total += share * moved.bytes
+    return work.batch / SAMPLES * total
+
+
+class _Moved:
+    """Adds up what the steps of a block move; called as ``observe(step, carrier, fused)``."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._sizes: dict[fx.Node, int] = {}
+        self._summed: set[fx.Node] = set()  # convolutions that left the moments of the next norm
+
+    def __call__(self, step: Step, carrier: Any, fused: bool) -> None:
+        out, first = step.nodes[-1], step.nodes[0]
+        self._sizes[out] = size = carrier.values.nbytes if isinstance(carrier, Dense | OneChannel) else 0
+        if first.target in VIEWS:
+            return
+        sources = {n for node in step.nodes for n in node.all_input_nodes} - set(step.nodes)
+        self.bytes += size + sum(self._sizes.get(n, 0) for n in sources)
+        if first.target in UPDATING and first.args[5] and first.args[0] not in self._summed:
+            self.bytes += self._sizes.get(first.args[0], 0)  # type: ignore[arg-type]
+        if fused and step.kernel.endswith("+moments"):
+            self._summed.add(out)
 
 
 def _products(estimator: CGE, case: Case, name: str, where: Tensor | None) -> _Count:

@@ -314,6 +314,17 @@ def counted(model: str) -> tuple[floors.Floor, int]:
     return floors.count(replace(work, batch=1)), build(work, batch=1).count
 
 
+@functools.cache
+def moved(model: str) -> tuple[float, float] | None:
+    """Bytes a query and image of that work moves by the plan of a GPU, and with convolutions and norms apart.
+
+    None where both are the same: a plan without such convolutions is not counted.
+    """
+    work = replace((WORKS | QUICK)[model], batch=1)
+    fused, apart = (floors.planned(work, fused=both) for both in (True, False))
+    return None if fused == apart else (fused, apart)
+
+
 def counts(name: str) -> tuple[floors.Floor, int]:
     """(least per query, coordinates of the mask) of a work: the counts that ``--predict`` wrote, for no GPU waits here.
 
@@ -475,11 +486,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prediction(name: str) -> dict[str, str]:
-    """The floor of a work in bfloat16 on an H100 by its data sheet, and half of it."""
-    one, count = counted("W5" if name == "W5b" else name)  # but for the batch the same
+    """The floor of a work in bfloat16 on an H100 by its data sheet, half of it, and what the plan moves."""
+    model = "W5" if name == "W5b" else name  # but for the batch the same
+    one, count = counted(model)
     floor = _times(one, WORKS[name].batch)
     arithmetic, traffic = floor.seconds(H100, "bfloat16")
     least = max(arithmetic, traffic)
+    plan = {}
+    if (bytes_ := moved(model)) is not None:
+        fused, apart = (WORKS[name].batch * b for b in bytes_)
+        plan = {
+            "plan_mb_per_query": number(fused / 1e6),
+            "apart_mb_per_query": number(apart / 1e6),
+            "plan_queries_per_s": number(1 / max(arithmetic, fused / H100["memory_bytes"])),
+        }
     return {
         "work": name,
         "model": WORKS[name].title,
@@ -495,6 +515,7 @@ def prediction(name: str) -> dict[str, str]:
         "floor_step_s": number(least * (count + 1)),
         "half_queries_per_s": number(0.5 / least),
         "half_step_s": number(2 * least * (count + 1)),
+        **plan,
     }
 
 
@@ -509,6 +530,9 @@ PREDICTION = {
     "floor_step_s": "floor, s a step",
     "half_queries_per_s": "half of it, queries/s",
     "half_step_s": "half of it, s a step",
+    "plan_mb_per_query": "MB a query of the plan",
+    "apart_mb_per_query": "with norms apart",
+    "plan_queries_per_s": "plan, queries/s at most",
 }
 MEASURED = {
     "device": "device",

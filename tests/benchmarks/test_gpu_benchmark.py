@@ -179,11 +179,16 @@ def test_rows_stand_beside_the_fastest_loop_of_their_device() -> None:
 def test_the_prediction_is_counts_over_the_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
     one = floors.Floor(989e12 / 128 * 2e-6, 3.35e12 / 4 / 128 * 5e-6)  # 2 us of arithmetic, 5 of traffic
     monkeypatch.setattr(gpu, "counted", lambda name: (one, 999))
+    monkeypatch.setattr(gpu, "moved", lambda name: (3.35e12 / 128 * 8e-6, 3.35e12 / 128 * 16e-6))
     found = {name: float(gpu.prediction("W5")[name]) for name in ("arithmetic_us", "traffic_us", "floor_us")}
     assert found == {"arithmetic_us": 2, "traffic_us": 5, "floor_us": 5}
     larger = gpu.prediction("W5b")
     assert (larger["floor_us"], larger["floor_queries_per_s"], larger["floor_step_s"]) == ("10", "1e+05", "0.01")
     assert (larger["half_queries_per_s"], larger["half_step_s"]) == ("5e+04", "0.02")
+    assert (larger["plan_mb_per_query"], larger["apart_mb_per_query"]) == ("53.6", "107.2")
+    assert larger["plan_queries_per_s"] == "6.25e+04"
+    monkeypatch.setattr(gpu, "moved", lambda name: None)
+    assert "plan_mb_per_query" not in gpu.prediction("W5")
 
 
 def test_the_committed_page_is_the_committed_rows() -> None:
