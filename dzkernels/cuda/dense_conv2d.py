@@ -31,7 +31,9 @@ def dense_conv2d(
         count * samples, height, width, channels, rows, columns, outs, *stride, *padding,
     )  # fmt: skip
     result = out.permute(0, 1, 4, 2, 3)
-    return result if next_zc is None else (result, moments(result, next_zc))
+    if next_zc is None:
+        return result
+    return result, moments(result, next_zc.contiguous(memory_format=torch.channels_last))  # summed in one order
 
 
 def _refusal(delta: Tensor, weight: Tensor, stride: Size, dilation: Size, groups: int) -> str | None:
