@@ -153,6 +153,7 @@ CALLS = [
             ("C 64 f32", STAGE_3, torch.float32, True, {"next_zc": empty(*STAGE_3[1:]), "moments": moments(STAGE_3)}),
             ("C 16 bf16", RESNET, BF16, True, {"next_zc": empty(*RESNET[1:]), "moments": moments(RESNET)}),
             ("C 16 bf16 alone", RESNET, BF16, True, {}),
+            ("C 64 residual bf16", STAGE_3, BF16, True, {"residual": last(*STAGE_3, dtype=BF16)}),
             ("ones", ONES, torch.float32, False, {"next_zc": empty(1, 1, 1, 1)}),
         )
     ),

@@ -1,6 +1,8 @@
-"""Runs the Triton kernels on CPU tensors (TRITON_INTERPRET=1) against the reference: the table in cases.py.
+"""Runs the Triton kernels on CPU tensors (TRITON_INTERPRET=1): the table in cases.py against the reference, and
+estimates by the plan that a GPU has, on Triton's kernels alone, against float64.
 
 Started by test_backends.py in a process of its own; by hand with the names of ops: python interpret_triton.py gelu_...
+or with "estimates".
 """
 
 from __future__ import annotations
@@ -13,17 +15,65 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dzkernels
 from dzkernels import OPS, backends
 from dzkernels.triton import _config
+from exactness.judge import WideCGE, judge, plain_quotients, sampled, tolerance
 from ops.cases import CASES, check
+
+
+class Residual(nn.Module):
+    """A convolution, and a residual block with stride 2 on its way into a last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.conv1, self.conv2 = (nn.Conv2d(c, 4, 3, padding=1, bias=False) for c in (2, 4, 4))
+        self.last = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.bn0, self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(c) for c in (4, 4, 4, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn0(self.stem(x)))
+        x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+        return self.head(F.relu(self.bn3(self.last(x))).mean((2, 3)))
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def estimates() -> None:
+    model = Residual()
+    batch = torch.randn(2, 2, 5, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2])
+    mask = {name: chosen for name, chosen in sampled(model, cross_entropy, batch, 0).items() if chosen.any()}
+    wanted = plain_quotients(model, cross_entropy, batch, mask, 5e-3)
+    for precision in ("float32", "bfloat16"):
+        with dzkernels.use_backend("triton"):
+            ours = WideCGE(model, cross_entropy, precision=precision, strict=True)
+            got = ours.estimate(batch, mask).grads
+            with ours.engine.prepared(batch) as ready:
+                assert ready.base is not None
+                found = [step.kernel for step in ours.engine.route(ready.base.graph, "stem.weight").steps]
+        for kernel in ("batch_norm+relu+conv2d+moments", "conv2d+moments", "batch_norm+residual+relu+conv2d+moments"):
+            assert kernel in found, f"{kernel} is not among {', '.join(filter(None, found))}"
+        judge(got, wanted).check(tolerance(precision, 5e-3))
 
 
 def main() -> None:
     turn = itertools.count()
     os.environ["DZ_TUNE"] = "1"  # each launch takes the next configuration: none of them may move a bit
     _config._choose = lambda name, shape, configs, run: configs[next(turn) % len(configs)]
-    for op in sys.argv[1:] or [op for op in OPS if backends.has_kernel("triton", op)]:
+    for op in sys.argv[1:] or [*(op for op in OPS if backends.has_kernel("triton", op)), "estimates"]:
         started, count = time.perf_counter(), 0
+        if op == "estimates":
+            estimates()
+            print(f"{op}: {time.perf_counter() - started:.1f} s")
+            continue
         for case in CASES[op]():
             if case.large:
                 continue
