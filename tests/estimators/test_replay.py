@@ -22,8 +22,11 @@ from deepzero.errors import DeviceError
 from deepzero.estimators.base import Mask
 from deepzero.plan import FRACTION, MEMORY, MOST, in_pieces
 from deepzero.run import run_block
+from dzkernels import backends
 from estimators.fake_device import FakeDevice, Tape
 from estimators.small import batch, network, objective
+from exactness.test_fused_convolutions import chain
+from exactness.test_models import cross_entropy, images
 from helpers import assert_bounded, assert_exact
 from rules.cases import ROWS
 
@@ -75,6 +78,18 @@ def test_replays_what_it_recorded(id: str, device: FakeDevice, monkeypatch: pyte
     assert_same(grads, without_replay(monkeypatch, ours, first))
     assert_same(second, without_replay(monkeypatch, ours, changed(first)))
     assert not all(torch.equal(grads[name], second[name]) for name in grads)
+
+
+def test_replays_fused_convolutions(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments go from a convolution to the next norm inside a recording."""
+    monkeypatch.setattr(backends, "_FUSING", frozenset({"reference"}))
+    model, first, mask = chain().train(), images(3, 3, 8), {"1.weight": torch.ones(4, dtype=torch.bool)}
+    ours = dz.CGE(model, cross_entropy, block=4)
+    grads = [ours.estimate(data, mask).grads for data in (first, changed(first))]
+    assert device.log == ["warm up", "record", "play", "play"]
+    for data, got in zip((first, changed(first)), grads, strict=True):
+        assert_same(got, without_replay(monkeypatch, ours, data, mask))
+    assert not torch.equal(grads[0]["1.weight"], grads[1]["1.weight"])
 
 
 def test_the_last_block_is_filled_up(device: FakeDevice) -> None:
