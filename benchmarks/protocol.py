@@ -63,18 +63,16 @@ JOBS: dict[str, Job] = {
         ("epochs=15",),
     ),
     "mnist": Job(
-        protocol(
-            [
-                "DeepZero",
-                "DeepZero, published score",
-                "uniform, every step",
-                "fixed",
-                studies.STALE,
-            ]
-        ),
+        protocol(["DeepZero", "uniform, every step"]),
         "MNIST-5000 (4,000 training and 1,000 test images, 28x28), the paper's CNN of depth 3 (6,346 weights), batches "
         "of 128, 6 epochs",
         (*_MNIST, "epochs=6"),
+    ),
+    "mnist-policies": Job(
+        protocol(["DeepZero, published score", "fixed", studies.STALE]),
+        "the same with one seed",
+        (*_MNIST, "epochs=6"),
+        seeds=1,
     ),
     "resnet20": Job(
         protocol(["uniform, every step"]),

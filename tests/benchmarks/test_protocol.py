@@ -44,8 +44,9 @@ def test_the_page_shows_the_rows(name: str) -> None:
     assert (protocol.FIGURES / f"protocol-{name}.png").exists()
 
 
-def test_zeroth_order_is_within_a_point_of_first_order_with_the_same_masks() -> None:
-    behind = protocol.points_behind(rows("digits"))
+@pytest.mark.parametrize("name", ["digits", "mnist"])
+def test_zeroth_order_is_within_a_point_of_first_order_with_the_same_masks(name: str) -> None:
+    behind = protocol.points_behind(rows(name))
     assert behind
     assert {policy: points for policy, points in behind.items() if not points <= 1} == {}
 
