@@ -665,20 +665,9 @@ def layer_norm_difference(
     op = "layer_norm_difference"
     check.of_dtype(op, "delta", delta, check.FLOATS)
     check.of_shape(op, "delta", delta, (None, None, None), "[P, R, M]")
-    _, rows, width = delta.shape
-    if width == 0:
+    if delta.shape[2] == 0:
         raise ValueError(f"dz::{op}: delta must be non-empty in M, got {check.shape(delta)}")
-    _base_values(op, "zc", zc, delta)
-    check.of_shape(op, "zc", zc, (rows, width), "[R, M]")
-    check.of_dtype(op, "var", var, (torch.float64,))
-    check.of_shape(op, "var", var, (rows,), "[R]")
-    check.same_device(op, "var", var, "delta", delta)
-    if gamma is not None:
-        check.of_dtype(op, "gamma", gamma, (torch.float32, torch.float64))
-        check.of_shape(op, "gamma", gamma, (width,), "[M]")
-        check.same_device(op, "gamma", gamma, "delta", delta)
-    if not eps >= 0:
-        raise ValueError(f"dz::{op}: eps must be at least 0, got {eps}")
+    _row_norm(op, "", RowNorm(zc, var, gamma, eps), delta, "M")
     if out_dtype is None:
         out_dtype = delta.dtype
     elif out_dtype not in check.FLOATS:
@@ -731,7 +720,8 @@ def mlp_difference(
     check.of_shape(op, "down", down, (None, hidden), "[M, H]")
     if 0 in (width, hidden, down.shape[0]):
         raise ValueError(f"dz::{op}: up and down must be non-empty, got {check.shape(up)} and {check.shape(down)}")
-    _row_norm(op, norm, delta)
+    if norm is not None:
+        _row_norm(op, "norm.", norm, delta, "K")
     residual = _residual(op, residual, delta, down.shape[0])
     if approximate not in ("none", "tanh"):
         raise ValueError(f"dz::{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
@@ -773,24 +763,28 @@ def linear_difference(
     check.of_shape(op, "weight", weight, (None, delta.shape[2]), "[M, K]")
     if 0 in weight.shape:
         raise ValueError(f"dz::{op}: weight must be non-empty, got {check.shape(weight)}")
-    _row_norm(op, norm, delta)
+    if norm is not None:
+        _row_norm(op, "norm.", norm, delta, "K")
     residual = _residual(op, residual, delta, weight.shape[0])
     options = _product_dtypes(op, delta, operands, out_dtype)
     return backends.run(op, delta, delta, weight, residual, norm, **options)
 
 
-def _row_norm(op: str, norm: RowNorm | None, delta: Tensor) -> None:
-    """Checks the layer norm of a delta [P, R, K]."""
-    if norm is None:
-        return
-    _, rows, width = delta.shape
-    _base_values(op, "norm.zc", norm.zc, delta)
-    check.of_shape(op, "norm.zc", norm.zc, (rows, width), "[R, K]")
-    check.of_dtype(op, "norm.var", norm.var, (torch.float64,))
-    check.of_shape(op, "norm.var", norm.var, (rows,), "[R]")
-    if norm.gamma is not None:
-        check.of_dtype(op, "norm.gamma", norm.gamma, (torch.float32, torch.float64))
-        check.of_shape(op, "norm.gamma", norm.gamma, (width,), "[K]")
+def _row_norm(op: str, prefix: str, norm: RowNorm, delta: Tensor, width: str) -> None:
+    """Checks the layer norm of a delta [P, R, width]."""
+    _, rows, columns = delta.shape
+    zc, var, gamma, eps = norm
+    _base_values(op, f"{prefix}zc", zc, delta)
+    check.of_shape(op, f"{prefix}zc", zc, (rows, columns), f"[R, {width}]")
+    check.of_dtype(op, f"{prefix}var", var, (torch.float64,))
+    check.of_shape(op, f"{prefix}var", var, (rows,), "[R]")
+    check.same_device(op, f"{prefix}var", var, "delta", delta)
+    if gamma is not None:
+        check.of_dtype(op, f"{prefix}gamma", gamma, (torch.float32, torch.float64))
+        check.of_shape(op, f"{prefix}gamma", gamma, (columns,), f"[{width}]")
+        check.same_device(op, f"{prefix}gamma", gamma, "delta", delta)
+    if not eps >= 0:
+        raise ValueError(f"dz::{op}: {prefix}eps must be at least 0, got {eps}")
 
 
 def _residual(op: str, residual: Tensor | None, delta: Tensor, columns: int) -> Tensor | None:
@@ -966,7 +960,8 @@ def self_attention_difference(
             f"dz::{op}: weight, v and project must be non-empty, got {check.shape(weight)}, {check.shape(v)} and "
             f"{check.shape(project)}"
         )
-    _row_norm(op, norm, delta)
+    if norm is not None:
+        _row_norm(op, "norm.", norm, delta, "K")
     residual = _residual(op, residual, delta, len(project))
     options = {"scale": float(scale), **_product_dtypes(op, delta, operands, out_dtype)}
     return backends.run(op, delta, delta, weight, q, k, v, p, project, residual, norm, **options)

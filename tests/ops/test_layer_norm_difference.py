@@ -35,8 +35,8 @@ def size(args: dict[str, Any]) -> Tensor:
     """|gamma| ((|d| + |mean|) / s' + |zc| m / (s s' (s + s'))), m = mean(2 |zc d| + d^2): the terms of the result."""
     d, z = args["delta"].double(), args["zc"].double()
     mean = d.mean(2, keepdim=True) if args["centre"] else torch.zeros(())
-    s = (args["var"] + EPS).sqrt()[:, None]
-    t = ((z + (d - mean)).square().mean(2, keepdim=True) + EPS).sqrt()
+    s = (args["var"] + args["eps"]).sqrt()[:, None]
+    t = ((z + (d - mean)).square().mean(2, keepdim=True) + args["eps"]).sqrt()
     m = (2 * (z * (d - mean)).abs() + (d - mean).square()).mean(2, keepdim=True)
     terms = (d.abs() + mean.abs()) / t + z.abs() * m / (s * t * (s + t))
     return terms if args["gamma"] is None else args["gamma"].double().abs() * terms

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
+from ops.rows import double, norm_errors
 
 Shape = tuple[int, int, int, int, int, int, int, int]  # P, N, H, T, D, E, K, M
 SHAPES: list[Shape] = [
@@ -53,15 +54,6 @@ def apart(given: dict[str, Any], operands: torch.dtype, between: torch.dtype) ->
     change = dzkernels.attention_difference(*heads.split([d, d, e], -1), *base, scale=given["scale"], out_dtype=between)
     rows = change.transpose(2, 3).reshape(-1, n * t, h * e)
     return dzkernels.linear_difference(rows, given["project"], given["residual"], operands=operands, out_dtype=wide)
-
-
-def double(given: dict[str, Any]) -> dict[str, Any]:
-    def wide(value: Any) -> Any:
-        if isinstance(value, dzkernels.RowNorm):
-            return value._replace(zc=value.zc.double(), gamma=value.gamma.double())
-        return value.double() if isinstance(value, Tensor) else value
-
-    return {name: wide(value) for name, value in given.items()}
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
@@ -186,7 +178,7 @@ GOOD = case((3, 2, 2, 2, 3, 5, 4, 6), 1.0)
         ({"project": GOOD["project"][:0]}, ValueError, r"weight, v and project must be non-empty, got .* \[0, 10\]"),
         ({"project": GOOD["project"].to("meta")}, ValueError, r"project must be on cpu like delta, got meta"),
         ({"residual": GOOD["residual"][:2]}, ValueError, r"residual must be of shape \[P, R, M\] = \[3, 4, 6\], got"),
-        ({"norm": GOOD["norm"]._replace(var=GOOD["norm"].var[:1])}, ValueError, r"norm.var must be of shape \[R\]"),
+        *norm_errors(4, 4),
         ({"operands": torch.int64}, TypeError, r"operands must be a floating-point dtype, got torch.int64"),
         ({"out_dtype": torch.int64}, TypeError, r"out_dtype must be a floating-point dtype, got torch.int64"),
     ],
