@@ -110,6 +110,8 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("triton", "attention_difference"): (torch.bfloat16,),
     ("triton", "batch_norm_conv2d"): (torch.bfloat16,),
     ("triton", "dense_conv2d"): (torch.bfloat16,),
+    ("triton", "mlp_difference"): (torch.bfloat16,),
+    ("triton", "linear_difference"): (torch.bfloat16,),
 }
 
 # Kernels that PyTorch's own op (cuDNN's) may beat and that no GPU has measured: they run where they are asked for by

@@ -702,8 +702,8 @@ def mlp_difference(
 
     The result has the dtype of delta unless out_dtype is given, and so have the operands of the two products.
 
-    Exactness: float32 arithmetic; inner products run in order. With a = |d| |up|^T off by at most 1.13 (K + 8)
-    roundings of a times |down|^T, H + 2 roundings of 1.13 a |down|^T, and one of the result, besides what d is off by.
+    Exactness: float32 arithmetic; inner products run in order. With a = |d| |up|^T off by at most 1.13 (K + 10)
+    roundings of a times |down|^T, H + 4 roundings of 1.13 a |down|^T, and one of the result, besides what d is off by.
     With operands=torch.bfloat16 d, the weights and the change of GELU are rounded to it once, and sums stay float32.
     Cost: 2 R H (K + M) operations a perturbation; the hidden layer stays in cache. Meant for weights that do so too.
     """
@@ -751,9 +751,9 @@ def linear_difference(
 
     The result has the dtype of delta unless out_dtype is given, and so have the operands of the product.
 
-    Exactness: float32 arithmetic; inner products run in order: off by at most K roundings of |d| |weight|^T and one of
-    the result, besides what d is off by. With operands=torch.bfloat16 d and the weight are rounded to it once, and sums
-    stay float32.
+    Exactness: float32 arithmetic; inner products run in order: off by at most K + 4 roundings of |d| |weight|^T and one
+    of the result, besides what d is off by. With operands=torch.bfloat16 d and the weight are rounded to it once, and
+    sums stay float32.
     Cost: 2 R K M operations a perturbation; reads delta and the residual, writes the result.
     """
     op = "linear_difference"

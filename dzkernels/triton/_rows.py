@@ -25,6 +25,15 @@ def sum_of(terms):
 
 
 @triton.jit
+def moved_norm_of_row(left, moved, change, var, EPS: tl.constexpr):
+    """(a, b, rest): a row's layer norm moves by a (e - rest) - b zc. From the means of e, (zc + e)^2 and e (2 zc + e),
+    and the variance before, all float64."""
+    moved, change = moved - left * left, change - left * left
+    s, t = tl.sqrt(var + EPS), tl.sqrt(tl.where(moved < 0.0, 0.0, moved) + EPS)
+    return (1.0 / t).to(tl.float32), (change / (s * t * (s + t))).to(tl.float32), left.to(tl.float32)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1 with a relative error below 4 roundings. Smaller x count as -87, larger ones as 88; NaN stays NaN."""
     x = tl.where(x < -87.0, -87.0, tl.where(x > 88.0, 88.0, x))

@@ -5,16 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers as in csrc/cpu/gelu_difference.cpp, which says what the series leaves out.
+# As in csrc/cpu/gelu.h, which says what the series leaves out.
 _TERMS = tl.constexpr(8)
-_NEAR = tl.constexpr(0.25)
-_INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-_V1 = tl.constexpr(1.5957691216057308)
-_V3 = tl.constexpr(1.5957691216057308 * 0.044715)
+NEAR = tl.constexpr(0.25)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+V1 = tl.constexpr(1.5957691216057308)
+V3 = tl.constexpr(1.5957691216057308 * 0.044715)
 
 
 @triton.jit
-def _mills(y):
+def mills(y):
     """(x + 3) Phi(-x) / phi(x) by y = (x - 3) / (x + 3), 0 <= x <= 15, with a relative error of 9e-11 or a rounding."""
     f = y * -2.2031826897113847e-05 - 2.9152940299406922e-05
     f = f * y + 0.00016843781962652788
@@ -35,9 +35,9 @@ def _series(z, TANH: tl.constexpr):
     """Taylor coefficients of s at z, where gelu(x) = x s(x), and |z| s(-|z|); all float64."""
     x = tl.abs(z)
     if TANH:
-        e = tl.exp(-x * (_V1 + _V3 * x * x))
+        e = tl.exp(-x * (V1 + V3 * x * x))
         r = 1.0 / (1.0 + e)
-        v1, v2, v3 = _V1 + 3.0 * _V3 * z * z, 6.0 * _V3 * z, 3.0 * _V3  # of the argument's slope
+        v1, v2, v3 = V1 + 3.0 * V3 * z * z, 6.0 * V3 * z, 3.0 * V3  # of the argument's slope
         odd = tl.where(z < 0.0, (1.0 - e) * r, (e - 1.0) * r)  # 1 - 2 s
         s = (tl.where(z < 0.0, e * r, r),)
         w = (e * r * r,)  # s (1 - s), with s' = s (1 - s) v'
@@ -56,8 +56,8 @@ def _series(z, TANH: tl.constexpr):
         return s, x * e * r
     else:
         r = 1.0 / (x + 3.0)
-        phi = tl.exp(-0.5 * x * x) * _INV_SQRT_2PI
-        tail = phi * _mills((x - 3.0) * r) * r
+        phi = tl.exp(-0.5 * x * x) * INV_SQRT_2PI
+        tail = phi * mills((x - 3.0) * r) * r
         s = (tl.where(z < 0.0, tail, 1.0 - tail),)
         before = tl.zeros_like(phi)
         for n in tl.static_range(_TERMS):
@@ -69,14 +69,23 @@ def _series(z, TANH: tl.constexpr):
 
 
 @triton.jit
-def _beyond_relu(x, TANH: tl.constexpr):
+def beyond_relu(x, TANH: tl.constexpr):
     """max(x, 0) - gelu(x) with an error below 2e-8."""
     x = tl.abs(x)
     x = tl.where(x > 14.0, 14.0, x)
     if TANH:
-        return x / (1.0 + tl.exp(x * (_V1 + _V3 * x * x)))
+        return x / (1.0 + tl.exp(x * (V1 + V3 * x * x)))
     r = 1.0 / (x + 3.0)
-    return x * (tl.exp(-0.5 * x * x) * _INV_SQRT_2PI) * (_mills((x - 3.0) * r) * r)
+    return x * (tl.exp(-0.5 * x * x) * INV_SQRT_2PI) * (mills((x - 3.0) * r) * r)
+
+
+@triton.jit
+def far_change(d, z, rest, TANH: tl.constexpr):
+    """gelu(z + d) - gelu(z) for any |d| that is not small: max(z + d, 0) - max(z, 0) by cases, minus the change of the
+    bounded rest, which is `rest` at z."""
+    moved = z + d
+    relu = tl.where(z > 0.0, tl.where(d < -z, -z, d), tl.where(moved < 0.0, 0.0, moved))
+    return relu - (beyond_relu(moved, TANH) - rest)
 
 
 @triton.jit
@@ -104,11 +113,7 @@ def _kernel(
         q = term[_TERMS - 1]
         for n in tl.static_range(_TERMS - 1):
             q = q * d + term[_TERMS - 2 - n]
-        # Any |d|: max(z + d, 0) - max(z, 0) by cases, minus the change of the bounded rest.
-        moved = z + d
-        relu = tl.where(z > 0.0, tl.where(d < -z, -z, d), tl.where(moved < 0.0, 0.0, moved))
-        direct = relu - (_beyond_relu(moved, TANH) - t)
-        tl.store(out + where, tl.where(tl.abs(d) > _NEAR, direct, q * d), mask=held)
+        tl.store(out + where, tl.where(tl.abs(d) > NEAR, far_change(d, z, t, TANH), q * d), mask=held)
 
 
 def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str, out_dtype: torch.dtype) -> Tensor:

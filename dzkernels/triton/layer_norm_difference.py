@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import columns, launch_rows, sum_of
+from ._rows import columns, launch_rows, moved_norm_of_row, sum_of
 
 
 @triton.jit
@@ -39,10 +39,7 @@ def _kernel(
         moved += sum_of(w * w)
         change += sum_of(e * (z + w))
     left = left * share if CENTRE else tl.zeros_like(left)
-    moved, change = moved * share - left * left, change * share - left * left
-    s = tl.sqrt(tl.load(var + r) + EPS)
-    t = tl.sqrt(tl.where(moved < 0.0, 0.0, moved) + EPS)
-    a, b, rest = (1.0 / t).to(tl.float32), (change / (s * t * (s + t))).to(tl.float32), left.to(tl.float32)
+    a, b, rest = moved_norm_of_row(left, moved * share, change * share, tl.load(var + r), EPS)
     for start in range(0, size, BLOCK):
         at = columns(start, BLOCK)
         d = tl.load(delta + row + at, mask=(p < P) & (at < M), other=0.0).to(tl.float32)

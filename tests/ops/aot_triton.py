@@ -84,6 +84,10 @@ def rows(count: int, size: int, width: int, dtype: torch.dtype = torch.float32) 
     return empty(count, size, width, dtype=dtype), empty(size, width), empty(size, dtype=F64), empty(width)
 
 
+def norm_of(size: int, width: int) -> dzkernels.RowNorm:
+    return dzkernels.RowNorm(empty(size, width), empty(size, dtype=F64), empty(width), 1e-5)
+
+
 def attention(
     count: int, samples: int, heads: int, size: int, width: int, dtype: torch.dtype, moves: str = "qkv"
 ) -> tuple[Tensor | None, ...]:
@@ -219,6 +223,48 @@ CALLS = [
     Call("attention_difference", "T 1024 bf16", attention(8, 8, 12, 1024, 64, BF16), {"scale": 0.125}),
     Call("attention_difference", "T 128 dv bf16", attention(8, 8, 12, 128, 64, BF16, "v"), {"scale": 0.125}),
     Call("attention_difference", "ones", attention(1, 1, 1, 1, 1, torch.float32), {"scale": 1.0}, False),
+    *(
+        Call(
+            "linear_difference",
+            name,
+            (empty(count, size, width, dtype=dtype), empty(outs, width)),
+            {
+                "norm": norm_of(size, width) if "norm" in name else None,
+                "residual": None if "norm" in name else empty(count, size, outs),
+                "out_dtype": dtype if "norm" in name else torch.float32,
+            },
+            count > 1,
+        )
+        for name, count, size, width, outs, dtype in (
+            ("96 to 288 norm bf16", 32, 1024, 96, 288, BF16),
+            ("128 to 384 norm f32", 32, 1024, 128, 384, torch.float32),
+            ("768 residual bf16", 8, 1024, 768, 768, BF16),
+            ("ones norm", 1, 1, 1, 1, torch.float32),
+        )
+    ),
+    *(
+        Call(
+            "mlp_difference",
+            name,
+            (
+                empty(count, size, width, dtype=dtype),
+                empty(hidden, width),
+                empty(size, hidden),
+                empty(width, hidden),
+                empty(count, size, width),
+                norm_of(size, width),
+            ),
+            {"approximate": "tanh" if "tanh" in name else "none", "operands": dtype, "out_dtype": torch.float32},
+            count > 1,
+        )
+        for name, count, size, width, hidden, dtype in (
+            ("96 bf16", 32, 1024, 96, 384, BF16),
+            ("96 tanh bf16", 32, 1024, 96, 384, BF16),
+            ("256 bf16", 32, 1024, 256, 1024, BF16),
+            ("128 f32", 32, 1024, 128, 512, torch.float32),
+            ("ones", 1, 1, 1, 1, torch.float32),
+        )
+    ),
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import dzkernels
 from dzkernels import backends
@@ -26,8 +27,11 @@ from ops import (
     test_dense_conv2d,
     test_gelu_difference,
     test_layer_norm_difference,
+    test_linear_difference,
+    test_mlp_difference,
     test_softmax_difference,
 )
+from ops.rows import norm_of
 
 # Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest: an error of up to a whole last place.
 HALF = UNIT[torch.bfloat16] * (2 if os.environ.get("TRITON_INTERPRET") == "1" else 1)
@@ -70,7 +74,7 @@ def check(op: str, case: Case, backend: str, device: str) -> None:
     """
 
     def run(args: dict[str, Any]) -> tuple[Tensor, ...]:
-        moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in args.items()}
+        moved = tree_map_only(Tensor, lambda values: values.to(device), args)
         with dzkernels.use_backend(backend):
             return tuple(t.cpu() for t in _results(getattr(dzkernels, op)(**moved)))
 
@@ -96,7 +100,7 @@ def check(op: str, case: Case, backend: str, device: str) -> None:
         assert got.dtype == wanted.dtype, f"dtype: got {got.dtype}, wanted {wanted.dtype}"
         unit = HALF if wanted.dtype == torch.bfloat16 else UNIT[wanted.dtype]
         assert_bounded(got, wanted, case.bound + 2 * unit * wanted.double().abs())
-    odd, *again = run({name: strided(v) if isinstance(v, Tensor) else v for name, v in case.args.items()})
+    odd, *again = run(tree_map_only(Tensor, strided, case.args))
     odd = odd.nan_to_num(0) if case.nan else odd
     for one, other in zip([odd, *again], [got, *left], strict=True):
         assert_exact(one, other)
@@ -420,3 +424,60 @@ def attention_difference() -> Iterator[Case]:
     args["dk"] = torch.zeros_like(args["dk"])
     args["dk"][:, :, 2] = 1e4
     yield Case("all to one key", args | {"q": args["q"].abs() + 1}, 64 * UNIT[torch.float32])
+
+
+# Rows of 300 are too long to be held.
+_ROWS = [(2, 9, 96, 70), (3, 40, 33, 17), (1, 1, 1, 1), (5, 7, 20, 140), (20, 5, 64, 16), (2, 3, 300, 20)]
+
+
+@cases
+def linear_difference() -> Iterator[Case]:
+    for k, (p, r, width, outs) in enumerate([*_ROWS, (9, 150, 192, 300), (3, 70, 768, 500), (0, 2, 3, 4)]):
+        for normed, residual, (dtype, out_dtype) in (
+            (True, None, _HALVES[k % 4]),
+            (k % 2 == 0, (torch.float32, torch.bfloat16)[k % 2], _HALVES[(k + 1) % 4]),
+        ):
+            args = test_linear_difference.case(p, r, width, outs, (0.01, 3.0)[k % 2])
+            args["delta"] = args["delta"].to(dtype)
+            args["residual"] = None if residual is None else args["residual"].to(residual)
+            if normed:
+                norm = norm_of(r, width)
+                args["norm"] = norm._replace(gamma=None) if k % 3 == 1 else norm
+            operands = (torch.float32, torch.bfloat16)[k // 2 % 2] if normed else dtype
+            bound = test_linear_difference.bound(args, HALF if operands == torch.bfloat16 else 0.0)
+            args |= {"operands": operands, "out_dtype": out_dtype}
+            name = f"{(p, r, width, outs)}, norm={normed}, residual={residual}, {dtype} by {operands} to {out_dtype}"
+            yield Case(name, args, bound, dtype, r > 40)
+    args = test_linear_difference.case(3, 70, 20, 24, 1e-2) | {"norm": norm_of(70, 20)}
+    args["delta"][1, 33, 3] = args["residual"][0, 69, 2] = math.nan
+    yield Case("NaN", args, test_linear_difference.bound(args).nan_to_num(0), nan=True)
+
+
+@cases
+def mlp_difference() -> Iterator[Case]:
+    large = [(9, 150, 192, 300, 192), (3, 70, 100, 400, 300)]
+    for k, (p, r, width, outs) in enumerate([*_ROWS, (0, 2, 3, 4), *(row[:3] + row[4:] for row in large)]):
+        hidden = large[k - 7][3] if k > 6 else (130, 50, 1, 40, 33, 20, 5)[k]
+        for normed, residual, (dtype, out_dtype) in (
+            (True, None, _HALVES[k % 4]),
+            (k % 2 == 0, (torch.float32, torch.bfloat16)[k % 2], _HALVES[(k + 1) % 4]),
+        ):
+            args = test_mlp_difference.case(p, r, width, hidden, outs, (0.01, 3.0)[k % 2])
+            args["delta"] = args["delta"].to(dtype)
+            args["residual"] = None if residual is None else args["residual"].to(residual)
+            if normed:
+                args["norm"] = norm_of(r, width)
+            operands = (torch.float32, torch.bfloat16)[k // 2 % 2] if normed else dtype
+            bound = test_mlp_difference.bound(args, HALF if operands == torch.bfloat16 else 0.0)
+            args |= {"operands": operands, "out_dtype": out_dtype, "approximate": ("none", "tanh")[k // 2 % 2]}
+            name = f"{(p, r, width, hidden, outs)}, norm={normed}, residual={residual}, {dtype} by {operands} to "
+            yield Case(f"{name}{out_dtype}", args, bound, dtype, r > 40)
+    for approximate in ("none", "tanh"):  # a layer of one column shows GELU alone
+        z = torch.cat([test_gelu_difference.SPECIAL, torch.linspace(-16, 16, 101)])[:, None]
+        steps = torch.tensor([1e-30, 1e-8, 0.01, 0.125, 0.2499, 0.25, 0.2501, 0.5, 2.0, 20.0])
+        delta = torch.cat([steps, -steps])[:, None, None].expand(-1, len(z), -1)
+        args = {"delta": delta, "up": torch.ones(1, 1), "z": z, "down": torch.ones(1, 1), "approximate": approximate}
+        yield Case(f"a sweep, {approximate}", args, test_mlp_difference.bound(args))
+    args = test_mlp_difference.case(3, 70, 20, 40, 24, 1e-2) | {"norm": norm_of(70, 20)}
+    args["delta"][1, 33, 3] = args["z"][5, 39] = args["residual"][0, 69, 2] = math.nan
+    yield Case("NaN", args, test_mlp_difference.bound(args).nan_to_num(0), nan=True)
