@@ -131,6 +131,14 @@ def fuses_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
     return chosen in _FUSING
 
 
+def fuses_linear(op: str, device: torch.device) -> bool:
+    """Whether plans should ask for `op`, which takes over linear layers: on other devices than CPUs the generic rules
+    are faster than the reference."""
+    forced = _forced.get() or os.environ.get("DZ_BACKEND")
+    names = (forced,) if forced else ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton")
+    return any(_refusal(name, op, device, torch.float32) is None for name in names)
+
+
 @functools.cache
 def has_kernel(backend: str, op: str) -> bool:
     return importlib.util.find_spec(f"dzkernels.{backend}.{op}") is not None

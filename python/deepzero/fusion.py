@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 import dzkernels
+from dzkernels import backends
 
 from .base import Layouts
 from .carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, select
@@ -495,13 +496,13 @@ def _linear_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node,
     return (*nodes, *more), name, lambda run: _run_linear(run, parts)
 
 
-def _fits(run: Block, norm: fx.Node | None, *layers: fx.Node) -> bool:
-    """Whether the input of the layers moves, and nothing else of them, in the kernels' dtype and device."""
+def _fits(run: Block, op: str, norm: fx.Node | None, *layers: fx.Node) -> bool:
+    """Whether the input of the layers moves, and nothing else of them, in the kernels' dtype and on such a device."""
     still = [n for layer in layers for n in layer.args[1:]] + list(norm.args[2:4] if norm else ())
     d = run.raw((norm or layers[0]).args[0])
     if d is Zero or any(run.raw(n) is not Zero for n in still) or run.dtype is not torch.float32:
         return False
-    return run.exact(layers[0]).device.type == "cpu" and (norm is not None or isinstance(d, Dense))
+    return backends.fuses_linear(op, run.exact(layers[0]).device) and (norm is not None or isinstance(d, Dense))
 
 
 def _rows(run: Block, carrier: Carrier) -> Tensor:
@@ -528,7 +529,7 @@ def _row_norm(run: Block, norm: fx.Node | None) -> dzkernels.RowNorm | None:
 
 def _run_mlp(run: Block, parts: _Mlp) -> Carrier | None:
     norm, up, down = parts.norm, parts.up, parts.down
-    if not _fits(run, norm, up, down):
+    if not _fits(run, "mlp_difference", norm, up, down):
         return None
     values, extra = _in_and_residual(run, norm or up, parts.residual)
     z, shape = run.low(up), tuple(run.exact(down).shape)
@@ -542,10 +543,11 @@ def _run_mlp(run: Block, parts: _Mlp) -> Carrier | None:
 
 def _run_linear(run: Block, parts: _Linear) -> Carrier | None:
     norm, layer = parts.norm, parts.layer
-    if not _fits(run, norm, layer):
+    if not _fits(run, "linear_difference", norm, layer):
         return None
-    if run.raw(parts.residual) is Zero and (norm is None or run.operands is torch.bfloat16):
-        return None  # rounding the result to bfloat16 takes the kernel longer than a way through memory
+    half = run.operands is torch.bfloat16 and run.exact(layer).device.type == "cpu"
+    if run.raw(parts.residual) is Zero and (norm is None or half):
+        return None  # rounding the result to bfloat16 takes the CPU's kernel longer than a way through memory
     values, extra = _in_and_residual(run, norm or layer, parts.residual)
     out = dzkernels.linear_difference(
         values, run.low(layer.args[1]), extra, _row_norm(run, norm), operands=run.operands,
@@ -609,6 +611,8 @@ def _attention_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.No
         return None
     if _weights(*layers, project) > _CACHED:
         return None
+    if not backends.fuses_linear("self_attention_difference", project.meta["val"].device):
+        return None  # so that its linear layers are taken by their own kernels
     views = dict.fromkeys(view for source in sources for view in source.views)
     more, residual = _sum_after(project, inside)
     nodes = (*before, *layers, *views, attention, *after, project, *more)
@@ -674,7 +678,7 @@ def _run_attention(run: Block, parts: _SelfAttention) -> Carrier | None:
     norm, attention, project = parts.norm, parts.attention, parts.project
     layers = [source.layer for source in parts.sources]
     mask = attention.args[3] if len(attention.args) > 3 else None
-    if not _fits(run, norm, *layers, project) or run.raw(mask) is not Zero:
+    if not _fits(run, "self_attention_difference", norm, *layers, project) or run.raw(mask) is not Zero:
         return None
 
     def features() -> Tensor:

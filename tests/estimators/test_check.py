@@ -146,3 +146,19 @@ def test_the_plan_names_the_kernels_of_a_transformer_block() -> None:
         "linear+residual (Dense)",
         "layer_norm+linear+gelu+linear+residual (Dense)",
     }
+
+
+def test_where_attention_has_no_kernel_the_linear_layers_around_it_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA device."""
+    from deepzero.estimators import CGE
+    from dzkernels import backends
+
+    monkeypatch.setattr(backends, "fuses_linear", lambda op, device: op != "self_attention_difference")
+    net = vit(image_size=4, patch=2, blocks=2, width=4, heads=2)
+    engine = CGE(net, lambda m, b: m(b).square().sum()).engine
+    with engine.prepared(torch.randn(2, 3, 4, 4)) as ready:
+        assert ready.base is not None
+        steps = engine.route(ready.base.graph, next(name for name, _ in net.named_parameters())).steps
+    fused = [step.kernel for step in steps if "linear" in step.kernel]
+    block = ["layer_norm+linear", "linear+residual", "layer_norm+linear+gelu+linear+residual"]
+    assert fused[:6] == 2 * block
