@@ -128,7 +128,7 @@ STUDIES: dict[str, Study] = {
         ("sparsity.fraction=0.9",),
     ),
     "estimator": Study(
-        "Estimators with 79 queries a step besides the base loss, for 786 weights; central ones take twice as many",
+        "Estimators, 79 queries a step of 786 weights, central ones 158",
         {
             "CGE, forward": _estimator("cge", "mu=5e-3", 0.9, _SPARSE_RATE),
             "CGE, central": _estimator("cge", 'mu=5e-3, scheme="central"', 0.9, _SPARSE_RATE),
