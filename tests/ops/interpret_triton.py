@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dzkernels
+from deepzero.models import vit
 from dzkernels import OPS, backends
 from dzkernels.triton import _config
 from exactness.judge import WideCGE, judge, plain_quotients, sampled, tolerance
@@ -31,7 +33,6 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.stem, self.conv1, self.conv2 = (nn.Conv2d(c, 4, 3, padding=1, bias=False) for c in (2, 4, 4))
         self.last = nn.Conv2d(4, 6, 3, stride=2, padding=1)
         self.bn0, self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(c) for c in (4, 4, 4, 6))
@@ -47,21 +48,39 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+# Models with the size of an image, and kernels that must be on the way from the first parameter.
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], tuple[str, ...]]] = {
+    "convolutions": (
+        Residual,
+        (2, 5, 6),
+        ("batch_norm+relu+conv2d+moments", "conv2d+moments", "batch_norm+residual+relu+conv2d+moments"),
+    ),
+    "transformer": (
+        lambda: vit(image_size=4, patch=2, blocks=1, width=8, heads=2, num_classes=3),
+        (3, 4, 4),
+        ("layer_norm+linear", "linear+residual", "layer_norm+linear+gelu+linear+residual"),
+    ),
+}
+
+
 def estimates() -> None:
-    model = Residual()
-    batch = torch.randn(2, 2, 5, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2])
-    mask = {name: chosen for name, chosen in sampled(model, cross_entropy, batch, 0).items() if chosen.any()}
-    wanted = plain_quotients(model, cross_entropy, batch, mask, 5e-3)
-    for precision in ("float32", "bfloat16"):
-        with dzkernels.use_backend("triton"):
-            ours = WideCGE(model, cross_entropy, precision=precision, strict=True)
-            got = ours.estimate(batch, mask).grads
-            with ours.engine.prepared(batch) as ready:
-                assert ready.base is not None
-                found = [step.kernel for step in ours.engine.route(ready.base.graph, "stem.weight").steps]
-        for kernel in ("batch_norm+relu+conv2d+moments", "conv2d+moments", "batch_norm+residual+relu+conv2d+moments"):
-            assert kernel in found, f"{kernel} is not among {', '.join(filter(None, found))}"
-        judge(got, wanted).check(tolerance(precision, 5e-3))
+    for make, size, kernels in MODELS.values():
+        torch.manual_seed(0)
+        model = make()
+        batch = torch.randn(2, *size, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2])
+        mask = {name: chosen for name, chosen in sampled(model, cross_entropy, batch, 0).items() if chosen.any()}
+        wanted = plain_quotients(model, cross_entropy, batch, mask, 5e-3)
+        for precision in ("float32", "bfloat16"):
+            with dzkernels.use_backend("triton"):
+                ours = WideCGE(model, cross_entropy, precision=precision, strict=True)
+                got = ours.estimate(batch, mask).grads
+                with ours.engine.prepared(batch) as ready:
+                    assert ready.base is not None
+                    first = next(name for name, _ in model.named_parameters())
+                    found = [step.kernel for step in ours.engine.route(ready.base.graph, first).steps]
+            for kernel in kernels:
+                assert kernel in found, f"{kernel} is not among {', '.join(filter(None, found))}"
+            judge(got, wanted).check(tolerance(precision, 5e-3))
 
 
 def main() -> None:
