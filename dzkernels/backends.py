@@ -111,6 +111,7 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("triton", "batch_norm_conv2d"): (torch.bfloat16,),
     ("triton", "dense_conv2d"): (torch.bfloat16,),
     ("triton", "mlp_difference"): (torch.bfloat16,),
+    ("triton", "self_attention_difference"): (torch.bfloat16,),
     ("triton", "linear_difference"): (torch.bfloat16,),
 }
 

@@ -56,6 +56,16 @@ def apart(given: dict[str, Any], operands: torch.dtype, between: torch.dtype) ->
     return dzkernels.linear_difference(rows, given["project"], given["residual"], operands=operands, out_dtype=wide)
 
 
+def bound(given: dict[str, Any], unit: float = UNIT[torch.float32]) -> float:
+    """Each product, norm and softmax of the chain is off by some roundings of the largest that its terms can be."""
+    sizes = double({**given, "norm": None})
+    step = sizes["delta"].abs()
+    reach = 8 * (step.sum(-1).amax() + step.amax())  # the norm, of d and of what var moves
+    reach = reach * sizes["weight"].abs().amax() * (1 + sizes["q"].abs().sum(-1).amax())
+    reach = reach * (1 + sizes["v"].abs().sum(-1).amax()) * sizes["project"].abs().sum(-1).amax()
+    return unit * 4 * max(*given["delta"].shape, *given["weight"].shape, *given["v"].shape) * float(reach)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_reference_is_the_ops_it_is_made_of(shape: Shape, scale: float) -> None:
@@ -90,18 +100,13 @@ def test_the_kernel_is_the_ops_it_is_made_of(runner: str, shape: Shape, operands
 @pytest.mark.parametrize("scale", [1e-8, 1e-3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_against_float64(shape: Shape, scale: float) -> None:
-    """Each product, norm and softmax of the chain is off by some roundings of the largest that its terms can be."""
     given = case(shape, scale) | {"residual": None}
     wanted = dzkernels.self_attention_difference(**double(given))
-    sizes = double({**given, "norm": None})
-    reach = (sizes["delta"].abs().sum(-1, keepdim=True) + scale) * 8  # the norm, of d and of what var moves
-    reach = reach.amax() * sizes["weight"].abs().amax() * (1 + sizes["q"].abs().sum(-1).amax())
-    reach = reach * (1 + sizes["v"].abs().sum(-1).amax()) * sizes["project"].abs().sum(-1).amax()
     for runner in RUNNERS:
         with running(runner):
             got = dzkernels.self_attention_difference(**given)
         assert got.dtype == torch.float32 and got.is_contiguous()
-        assert_bounded(got, wanted, UNIT[torch.float32] * 4 * max(shape) * reach.expand(wanted.shape))
+        assert_bounded(got, wanted, bound(given))
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
