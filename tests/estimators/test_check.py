@@ -142,8 +142,6 @@ def test_the_plan_names_the_kernels_of_a_transformer_block() -> None:
     fused = {name for name in plan.kernels if not name.startswith("rule ")}
     assert fused == {
         "layer_norm+linear+attention+linear+residual (Dense)",
-        "linear+attention+linear+residual (Dense)",
-        "linear+residual (Dense)",
         "layer_norm+linear+gelu+linear+residual (Dense)",
     }
 
