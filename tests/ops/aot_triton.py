@@ -265,6 +265,20 @@ CALLS = [
             ("ones", 1, 1, 1, 1, torch.float32),
         )
     ),
+    Call(
+        "self_attention_difference",
+        "96 norm residual bf16",
+        (
+            empty(32, 16 * 64, 96),
+            empty(3, 96, 96),
+            *(empty(16, 3, 64, 32) for _ in "qkv"),
+            empty(16, 3, 64, 64),
+            empty(96, 96),
+            empty(32, 16 * 64, 96),
+            norm_of(16 * 64, 96),
+        ),
+        {"scale": 32**-0.5, "operands": BF16},
+    ),
 ]
 
 
