@@ -30,7 +30,7 @@ DEEPZERO = _layerwise("zo-grasp-layerwise", "epoch")
 """The paper's masks: drawn anew every epoch by layer-wise ratios, found at the start from function values alone."""
 
 STALE = "stale buffer, rate 0.01"
-"""At 90 % sparsity its values are ten steps old in the mean: at 0.03 and above with momentum 0.9 training diverges."""
+"""At 90 % sparsity its values are ten steps old in the mean, which wants a smaller rate."""
 
 POLICIES: dict[str, tuple[str, ...]] = {
     "DeepZero": DEEPZERO,
