@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import dzkernels
 from deepzero.models import vit
+from deepzero.models.vit import Block
 from dzkernels import OPS, backends
 from dzkernels.triton import _config
 from exactness.judge import WideCGE, judge, plain_quotients, sampled, tolerance
@@ -44,6 +45,23 @@ class Residual(nn.Module):
         return self.head(F.relu(self.bn3(self.last(x))).mean((2, 3)))
 
 
+class ScaledQueries(Block):
+    """Its queries are scaled before the attention, so that its linear layers go by kernels of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q * 1.5, k, v)
+        x = x + self.project(attended.transpose(1, 2).reshape(n, tokens, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def transformer(block: type[Block]) -> nn.Module:
+    model = vit(image_size=4, patch=2, blocks=0, width=8, heads=2, num_classes=3)
+    model.blocks.append(block(8, 2, 16))
+    return model
+
+
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
@@ -56,7 +74,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], tuple[str
         ("batch_norm+relu+conv2d+moments", "conv2d+moments", "batch_norm+residual+relu+conv2d+moments"),
     ),
     "transformer": (
-        lambda: vit(image_size=4, patch=2, blocks=1, width=8, heads=2, num_classes=3),
+        lambda: transformer(Block),
+        (3, 4, 4),
+        ("layer_norm+linear+attention+linear+residual", "layer_norm+linear+gelu+linear+residual"),
+    ),
+    "scaled queries": (
+        lambda: transformer(ScaledQueries),
         (3, 4, 4),
         ("layer_norm+linear", "linear+residual", "layer_norm+linear+gelu+linear+residual"),
     ),
