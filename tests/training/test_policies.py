@@ -287,6 +287,38 @@ def test_sparse_weights_keep_what_the_score_ranks_best(policy, tmp_path, images)
         assert all(torch.equal(last(place)["model"][name], found["model"][name]) for name in found["model"])
 
 
+OTHER_MASKS = {
+    "no mask": (lambda best: {}, r"it has no mask of '0.weight'\."),
+    "a parameter less": (
+        lambda best: {n: m for n, m in best.items() if n != "6.bias"},
+        r"it has no mask of '6.bias'\.",
+    ),
+    "a parameter more": (lambda best: {**best, "7.bias": best["6.bias"]}, r"names '7.bias', which is no parameter"),
+    "another shape": (
+        lambda best: {**best, "6.weight": best["6.weight"].T},
+        r"mask\['6.weight'\] must have the parameter's shape \[10, 4\], got \[4, 10\]",
+    ),
+    "another dtype": (
+        lambda best: {**best, "6.weight": best["6.weight"].float()},
+        r"mask\['6.weight'\] must be a bool tensor, got torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "text"), OTHER_MASKS.values(), ids=OTHER_MASKS)
+def test_a_kept_mask_of_another_model_is_refused(change, text, tmp_path, images):
+    config = small("sparsity.policy=fixed", "sparsity.weights=sparse", "sparsity.ratios=erk")
+    inputs = mask_inputs(config, images)
+    inputs.ratios.save(tmp_path / "ratios.json")
+    checkpoint.save({"mask": inputs.best}, tmp_path / "best-mask.pt")
+    kept_with_the_run = mask_inputs(config, images, tmp_path).best
+    assert kept_with_the_run.keys() == inputs.best.keys()
+    assert all(torch.equal(kept_with_the_run[name], mask) for name, mask in inputs.best.items())
+    checkpoint.save({"mask": change(inputs.best)}, tmp_path / "best-mask.pt")
+    with pytest.raises(ConfigError, match=rf"best-mask.pt is for another model: .*{text}.* Restore the file"):
+        mask_inputs(config, images, tmp_path)
+
+
 @pytest.mark.parametrize("policy", ["uniform", "layerwise", "fixed"])
 def test_a_resumed_run_goes_on_with_its_masks_schedule_and_momentum(policy, tmp_path):
     own = [f"sparsity.policy={policy}", 'sparsity.always_on=["norm"]', "sparsity.momentum=masked", "sparsity.every=2"]

@@ -19,6 +19,7 @@ from ..baselines import Backprop, ForwardGE, PlainLoop
 from ..data import ImageData, Loader
 from ..errors import CheckpointError, ConfigError, MaskError
 from ..estimators import CGE, RGE, Estimator, HybridGE, Objective, StaleGE
+from ..estimators.checks import selected
 from ..models import MODELS
 from ..sparsity import prune
 from ..sparsity.masks import costs_of
@@ -151,7 +152,7 @@ def mask_inputs(config: Config, images: ImageData, folder: Path | None = None) -
     if section.ratios is not None:
         if folder is not None and (folder / RATIOS).exists():
             ratios = read_ratios(folder / RATIOS, model)
-            best = checkpoint.load(folder / BEST)["mask"] if (folder / BEST).exists() else None
+            best = _read_best(folder / BEST, model) if (folder / BEST).exists() else None
         elif is_file(section.ratios):
             ratios = checked_ratios(read_ratios(Path(section.ratios), model), section)
         else:
@@ -164,6 +165,21 @@ def mask_inputs(config: Config, images: ImageData, folder: Path | None = None) -
         else:
             costs = costs_of(_planner(config, model).plan(batch))
     return MaskInputs(ratios, best, costs, queries)
+
+
+def _read_best(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The best-scored coordinates that a run keeps; ConfigError where they are no mask of all of ``model``."""
+    best = checkpoint.load(path).get("mask") or {}
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and name not in best]
+    try:
+        if missing:
+            raise MaskError(f"it has no mask of {missing[0]!r}.")
+        selected(model, best)
+    except MaskError as refused:
+        raise ConfigError(
+            f"{path} is for another model: {refused} Restore the file that the run wrote, or start a new run."
+        ) from refused
+    return best
 
 
 def _planner(config: Config, model: nn.Module) -> CGE:
