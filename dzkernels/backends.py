@@ -120,13 +120,20 @@ _MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
 _ON_REQUEST = {("cuda", "dense_conv2d"): False, ("triton", "dense_conv2d"): True}
 
 
-# Where plans give convolutions the norms around them. On CPUs that was measured, and loses.
+# Where plans give convolutions the norms around them. On CPUs that was measured, and loses; on GPUs it is what moves
+# fewer values, counted, until one has measured it (benchmarks.convolutions).
 _FUSING = frozenset({"triton"})
+
+
+def _asked_for() -> str | None:
+    """The backend of an explicit choice."""
+    name = _forced.get() or os.environ.get("DZ_BACKEND")
+    return _check_name(name, "DZ_BACKEND") if name else None
 
 
 def fuses_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a backend that runs batch_norm_conv2d there is one for which plans should ask for it."""
-    forced = _forced.get() or os.environ.get("DZ_BACKEND")
+    forced = _asked_for()
     names = (forced,) if forced else ("cpu", "reference") if device.type == "cpu" else BACKENDS
     chosen = next((name for name in names if _refusal(name, "batch_norm_conv2d", device, dtype) is None), "")
     return chosen in _FUSING
@@ -135,7 +142,7 @@ def fuses_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
 def fuses_linear(op: str, device: torch.device) -> bool:
     """Whether plans should ask for `op`, which takes over linear layers: on other devices than CPUs the generic rules
     are faster than the reference."""
-    forced = _forced.get() or os.environ.get("DZ_BACKEND")
+    forced = _asked_for()
     names = (forced,) if forced else ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton")
     return any(_refusal(name, op, device, torch.float32) is None for name in names)
 
@@ -189,9 +196,9 @@ def use_isa(level: str) -> Iterator[None]:
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, *, fused: bool = False) -> str:
     """The backend that runs `op` on tensors of `device` and `dtype`; `fused`: with more than PyTorch's op has."""
-    forced = _forced.get() or os.environ.get("DZ_BACKEND")
+    forced = _asked_for()
     if forced:
-        reason = _refusal(_check_name(forced, "DZ_BACKEND"), op, device, dtype)
+        reason = _refusal(forced, op, device, dtype)
         if reason is not None:
             raise BackendError(
                 f"dz::{op}: backend {forced!r} was requested but {reason}. "

@@ -66,7 +66,9 @@ def schedule(suffix: Sequence[fx.Node], loss: fx.Node, *, convolutions: bool = F
             continue
         for match in (*(CONVOLUTIONS if convolutions else ()), *PATTERNS):
             found = match(node, inside)
-            if found is not None and not taken & set(found[0]):
+            if found is None or node not in found[0] or not _closed(found[0]):
+                continue
+            if not any(part in taken or part in groups for part in found[0]):
                 taken.update(found[0])
                 groups[found[0][-1]] = found
                 if match in CONVOLUTIONS:
@@ -86,6 +88,18 @@ def schedule(suffix: Sequence[fx.Node], loss: fx.Node, *, convolutions: bool = F
         )
         for i, (nodes, name, apply) in enumerate(ordered)
     )
+
+
+_DATA: dict[Any, int] = {aten.add.Tensor: 2, aten.scaled_dot_product_attention.default: 3}
+"""How many of an op's first arguments a stretch may hand on inside; one where nothing is said."""
+
+
+def _closed(nodes: Sequence[fx.Node]) -> bool:
+    """Whether no value inside the stretch is a weight, bias or mask there too: kernels take those to stand still."""
+    read: list[fx.Node] = []
+    for node in nodes:
+        fx.map_arg((node.args[_DATA.get(node.target, 1) :], node.kwargs), read.append)
+    return set(nodes[:-1]).isdisjoint(read)
 
 
 def _only_user(node: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
@@ -357,13 +371,13 @@ def _around(conv: fx.Node, inside: set[fx.Node], before: _Norm | None) -> _Convo
     if conv.target is not aten.convolution.default or conv.meta["val"].dim() != 4:
         return None
     geometry = Geometry(conv)
-    if geometry.transposed or (before is not None and geometry.groups > 1):
+    if geometry.transposed or geometry.groups > 1:  # a program would read the channels of other groups too
         return None
     user = _only_user(conv, inside)
     found = None if user is None or user.args[0] is not conv else _norm_parts(user, inside)
     after = found[1] if found is not None and _statistics(found[1].norm)[0] else None
     taken, given = conv.args[0].meta["val"][0].numel(), conv.meta["val"][0].numel()  # type: ignore[union-attr]
-    strips = -(-conv.meta["val"].shape[1] // (geometry.groups * STRIP))
+    strips = -(-conv.meta["val"].shape[1] // STRIP)
     alone = taken * (3 if before is not None else 1) + given * (after is not None)
     return _Convolution(before, conv, after) if taken * strips < alone else None
 
@@ -417,7 +431,8 @@ def _run_head(run: Block, layer: fx.Node, loss: fx.Node) -> Carrier | None:
 # --- linear layers of a transformer: (layer norm +) linear (+ GELU + linear) (+ residual)
 
 _CACHED = 1 << 18
-"""Most weights of a layer that the kernel runs through for every few rows: more than a cache holds and it is slow."""
+"""Most weights of a layer that the kernel runs through for every few rows, and most numbers of packed keys and values
+that it keeps of a sample: more than a cache holds and it is slow."""
 
 
 @dataclass(frozen=True)
@@ -609,10 +624,11 @@ def _attention_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.No
     project = _only_user(after[-1], inside) if after else None
     if project is None or project.target is not aten.linear.default or project.args[0] is not after[-1]:
         return None
-    if _weights(*layers, project) > _CACHED:
+    packed = sum(2 * source.features.numel() for source in sources[1:]) * project.meta["val"].shape[1]
+    if _weights(*layers, project) > _CACHED or packed > _CACHED:
         return None
     if not backends.fuses_linear("self_attention_difference", project.meta["val"].device):
-        return None  # so that its linear layers are taken by their own kernels
+        return None  # no kernel there: its linear layers are taken by their own
     views = dict.fromkeys(view for source in sources for view in source.views)
     more, residual = _sum_after(project, inside)
     nodes = (*before, *layers, *views, attention, *after, project, *more)
@@ -671,7 +687,7 @@ def _merged_heads(attention: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, ..
     samples, heads, tokens, each = attention.meta["val"].shape
     if merge.meta["val"].shape != (samples, tokens, heads * each):
         return ()
-    return (turn, merge) if copy is merge or copy is None else (turn, copy, merge)
+    return (turn, merge) if copy is None or copy is merge else (turn, copy, merge)
 
 
 def _run_attention(run: Block, parts: _SelfAttention) -> Carrier | None:
@@ -682,7 +698,8 @@ def _run_attention(run: Block, parts: _SelfAttention) -> Carrier | None:
         return None
 
     def features() -> Tensor:
-        return torch.cat([run.low(s.layer.args[1])[s.features] for s in parts.sources], 1)
+        weights = [(run.low(source.layer.args[1]), source.features) for source in parts.sources]
+        return torch.cat([weight[features.to(weight.device)] for weight, features in weights], 1)
 
     values, extra = _in_and_residual(run, norm or layers[0], parts.residual)
     q, k, v, p = attention_base(run, attention)

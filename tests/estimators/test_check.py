@@ -147,7 +147,7 @@ def test_the_plan_names_the_kernels_of_a_transformer_block() -> None:
 
 
 def test_where_attention_has_no_kernel_the_linear_layers_around_it_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CUDA device."""
+    """As where no backend has that kernel."""
     from deepzero.estimators import CGE
     from dzkernels import backends
 

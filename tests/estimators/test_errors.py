@@ -254,3 +254,9 @@ def test_a_budget_and_a_seed_are_whole_numbers() -> None:
         CGE(model(), objective, budget="5")
     with pytest.raises(ValueError, match=r"seed must be a whole number, got 1\.5"):
         RGE(model(), objective, seed=1.5)
+
+
+def test_a_backend_that_does_not_exist_is_named_before_any_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DZ_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="DZ_BACKEND must be one of cuda, triton, cpu, reference, got 'gpu'"):
+        CGE(model(), objective).estimate(batch())

@@ -116,7 +116,7 @@ PLANS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: nn.Sequential(*chain(192)[:7], *chain(192)[8:]).train(),
         [INNER, LAST],
     ),
-    "groups": (lambda: chain(groups=2).train(), [INNER, LAST, "conv2d+moments", LAST]),
+    "groups": (lambda: chain(groups=2).train(), [INNER, LAST, LAST]),
     "a pool between": (
         lambda: nn.Sequential(*chain()[:6], nn.MaxPool2d(2), *chain()[6:]).train(),
         [INNER, "batch_norm+relu+pool", "conv2d+moments", LAST],

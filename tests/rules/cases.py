@@ -433,6 +433,40 @@ for _packed in (False, True):
         )
 
 
+class MaskedByContent(SelfAttention):
+    """A mask that moves, made before the queries of what they are made of."""
+
+    def __init__(self) -> None:
+        super().__init__(packed=False, causal=False, first=True)
+        self.mask = nn.Linear(8, 8)
+
+    def attend(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        mask = self.mask(x).view(n, tokens, 2, tokens).transpose(1, 2)
+        heads = [layer(x).view(n, tokens, 2, 4).transpose(1, 2) for layer in self.inner]
+        attended = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        return self.out(attended.transpose(1, 2).reshape(n, tokens, width))
+
+
+row(
+    "self-attention-moving-mask",
+    lambda: MaskedByContent(),
+    (3, 4, 6),
+    falls_back=("aten.scaled_dot_product_attention.default",),
+    why="a mask that moves has no rule",
+)
+
+row("linear-by-itself", seq(lambda: nn.Linear(6, 8), lambda: nn.LayerNorm(8), lambda: Itself()))
+row("linear-gelu-by-itself", seq(lambda: nn.Linear(6, 8), nn.GELU, lambda: Itself()))
+
+
+class Itself(nn.Module):
+    """Rows times themselves, as in contrastive losses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, x)
+
+
 def _heads(h: Tensor, g: Tensor, **kwargs: Any) -> Tensor:
     q, k = h.unflatten(-1, (2, 4)).transpose(1, 2), g.unflatten(-1, (2, 4)).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, q * k, **kwargs)
