@@ -491,6 +491,14 @@ def self_attention_difference() -> Iterator[Case]:
         for change in ({}, {"residual": None, "norm": None}):
             args = test_self_attention_difference.case(shape, 1e-2) | change
             yield Case(f"{shape}, {'alone' if change else 'whole'}", args, test_self_attention_difference.bound(args))
+    for dtype, out_dtype in ((torch.bfloat16, torch.float32), (torch.bfloat16,) * 2, (torch.float32,) * 2):
+        args = test_self_attention_difference.case((2, 2, 2, 5, 4, 6, 7, 9), 1e-2) | {"residual": None, "norm": None}
+        for name in ("delta", "weight", "project"):
+            args[name] = args[name].bfloat16().float()  # so that the change of the attention alone is rounded
+        bound = test_self_attention_difference.bound(args, HALF)
+        args["delta"] = args["delta"].to(dtype)
+        args |= {"operands": torch.bfloat16, "out_dtype": out_dtype}
+        yield Case(f"{dtype} by bfloat16 to {out_dtype}", args, bound, dtype)
     args = test_self_attention_difference.case((2, 3, 2, 5, 4, 6, 7, 9), 1e-2)
     args["delta"][1, 7, 3] = math.nan
     yield Case(

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,6 +27,8 @@ from deepzero.models.vit import Block
 from dzkernels import OPS, backends
 from dzkernels.triton import _config
 from exactness.judge import WideCGE, judge, plain_quotients, sampled, tolerance
+from helpers import assert_exact
+from ops import test_self_attention_difference
 from ops.cases import CASES, check
 
 
@@ -106,6 +109,14 @@ def estimates() -> None:
             judge(got, wanted).check(tolerance(precision, 5e-3))
 
 
+def check_parts(given: dict[str, Any]) -> None:
+    """The attention stretch is its three kernels one after the other, bit for bit."""
+    operands = given.get("operands", torch.float32)
+    with dzkernels.use_backend("triton"):
+        got = dzkernels.self_attention_difference(**{**given, "out_dtype": torch.float32})
+        assert_exact(got, test_self_attention_difference.apart(given, operands, operands))
+
+
 def main() -> None:
     turn = itertools.count()
     os.environ["DZ_TUNE"] = "1"  # each launch takes the next configuration: none of them may move a bit
@@ -121,6 +132,8 @@ def main() -> None:
                 continue
             try:
                 check(op, case, "triton", "cpu")
+                if op == "self_attention_difference" and not case.nan:
+                    check_parts(case.args)
             except Exception as error:
                 raise AssertionError(f"{op}, case {case.id!r}: {error}") from error
             count += 1

@@ -55,27 +55,34 @@ def changed(args: dict[str, Any], transform: Any) -> dict[str, Any]:
     return {name: transform(value) if isinstance(value, Tensor) else value for name, value in args.items()}
 
 
-def bound(args: dict[str, Any]) -> Tensor:
-    """The kernel's roundings: n products summed in order are off by n + 1 of them, and each score by three more for
-    the scale, its product and q + dq. Off by e, the scores move dA by A' (e + sum A' e). Softmax as softmax_difference
-    promises, where a row far from its base depends on how far p is from a sum of 1. Then p + dA and the products."""
+def bound(args: dict[str, Any], errors: tuple[Tensor, ...] = (torch.zeros(()),) * 3) -> Tensor:
+    """The kernel's roundings, where dq, dk and dv are known but for ``errors``: n products summed in order are off by
+    n + 1 of them, and each score by three more for the scale, its product and q + dq. Off by e, the scores move dA by
+    A' (e + sum A' e). Softmax as softmax_difference promises, where a row far from its base depends on how far p is
+    from a sum of 1. Then p + dA and the products."""
     a = wide(args)
     dq, dk, dv = (torch.zeros_like(a[name[1:]])[None] if a[name] is None else a[name] for name in MOVES)
     p, inner, others = a["p"], 2 * a["q"].shape[-1], 2 * a["k"].shape[-2]
     after = a["q"] + dq
     d = (a["scale"] * (dq @ a["k"].mT + after @ dk.mT)).masked_fill(p == 0, 0.0)
-    e = (inner + 4) * U * a["scale"] * (dq.abs() @ a["k"].abs().mT + after.abs() @ dk.abs().mT)
+    off_q, off_k, off_v = (off.double().expand_as(move) for off, move in zip(errors, (dq, dk, dv), strict=True))
+    far_q, far_k, far_v = after.abs() + off_q, dk.abs() + off_k, dv.abs() + off_v
+    e = off_q @ (a["k"].abs() + dk.abs()).mT + far_q @ off_k.mT
+    e = a["scale"] * (e + (inner + 4) * U * ((dq.abs() + off_q) @ a["k"].abs().mT + far_q @ far_k.mT))
+    e = e.masked_fill(p == 0, 0.0)
+    worst = e.amax(-1, keepdim=True)
     m = torch.logsumexp(p.log() + d, -1, keepdim=True)
     moved = (p * torch.exp(d - m)).masked_fill(p == 0, 0.0)
     x = torch.where(d > 0, -torch.exp(d - m) * torch.expm1(-d), -torch.exp(-m).clamp_max(1e30) * torch.expm1(d))
-    far = (m < -0.9 * math.log(2)) | (d.amax(-1, keepdim=True) > 59)
+    far = (m - worst < -0.9 * math.log(2)) | (d.amax(-1, keepdim=True) + worst > 59)
     change = (p * torch.expm1(d - m)).masked_fill(p == 0, 0.0)
-    by_softmax = 24 * U * p * (x + (p * x).sum(-1, keepdim=True))
-    by_softmax = by_softmax + torch.where(far, (p.sum(-1, keepdim=True) - 1).abs() * moved, 0.0)
-    by_scores = moved * (e + (moved * e).sum(-1, keepdim=True)) * torch.exp(2 * e.amax(-1, keepdim=True))
+    by_scores = moved * (e + (moved * e).sum(-1, keepdim=True)) * torch.exp(2 * worst)
+    x = (p * x + moved * e) * torch.exp(2 * worst)
+    by_softmax = 24 * U * (x + p * x.sum(-1, keepdim=True))
+    by_softmax = by_softmax + torch.where(far, (p.sum(-1, keepdim=True) - 1).abs() * (moved + by_scores), 0.0)
     off = by_softmax + by_scores
-    terms = (change.abs() + off) @ a["v"].abs() + (moved + off) @ dv.abs()
-    limit = off @ a["v"].abs() + (off + U * moved) @ dv.abs() + (others + 2) * U * terms
+    terms = (change.abs() + off) @ a["v"].abs() + (moved + off) @ far_v
+    limit = off @ a["v"].abs() + (off + U * moved) @ far_v + moved @ off_v + (others + 2) * U * terms
     count = next(len(a[name]) for name in MOVES if a[name] is not None)
     return limit.expand(count, *limit.shape[1:]) + 2.0**-140
 

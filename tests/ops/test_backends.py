@@ -212,6 +212,26 @@ def test_a_wrong_kernel_does_not_pass(op: str, monkeypatch: pytest.MonkeyPatch) 
         check(op, case, "cpu", "cpu")
 
 
+@pytest.mark.parametrize("left_out", ["dq", "dk", "dv", "all"])
+def test_an_attention_without_one_of_its_changes_does_not_pass(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(backend: str, op: str) -> Callable[..., Tensor]:
+        kernel = getattr(importlib.import_module(f"dzkernels.{backend}.{op}"), op)
+
+        def without(delta: Tensor, weight: Tensor, q: Tensor, *rest: Any, **options: Any) -> Tensor:
+            inner, weight = q.shape[-1], weight.clone()
+            features = {"dq": slice(inner), "dk": slice(inner, 2 * inner), "dv": slice(2 * inner, None)}
+            weight[:, features.get(left_out, slice(None))] = 0.0
+            return kernel(delta, weight, q, *rest, **options)
+
+        return kernel if backend == "reference" else without
+
+    monkeypatch.setattr(backends, "implementation", wrong)
+    for case in CASES["self_attention_difference"]():
+        if case.args["q"].shape[2] > 1:  # the softmax of a single token stands still
+            with pytest.raises(AssertionError, match="out of bounds"):
+                check("self_attention_difference", case, "cpu", "cpu")
+
+
 @pytest.mark.parametrize("op", ["dense_conv2d", "batch_norm_conv2d"])
 def test_wrong_moments_do_not_pass(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(backend: str, op: str) -> Callable[..., Any]:

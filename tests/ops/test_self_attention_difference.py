@@ -10,8 +10,10 @@ from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
-from ops.rows import double, norm_errors
+from ops import test_attention_difference, test_linear_difference
+from ops.rows import double, moved_rows, norm_errors
 
+U = UNIT[torch.float32]
 Shape = tuple[int, int, int, int, int, int, int, int]  # P, N, H, T, D, E, K, M
 SHAPES: list[Shape] = [
     (1, 1, 1, 1, 1, 1, 1, 1),
@@ -44,26 +46,38 @@ def case(shape: Shape, scale: float) -> dict[str, Any]:
 
 def apart(given: dict[str, Any], operands: torch.dtype, between: torch.dtype) -> Tensor:
     """The three ops that it is made of; ``between`` is what the change of the attention is rounded to."""
-    weight, (n, h, t, d), e = given["weight"], given["q"].shape, given["v"].shape[3]
     wide = torch.float64 if given["q"].dtype is torch.float64 else torch.float32
     moved = dzkernels.linear_difference(
-        given["delta"], weight.flatten(0, 1), norm=given["norm"], operands=operands, out_dtype=wide
+        given["delta"], given["weight"].flatten(0, 1), norm=given["norm"], operands=operands, out_dtype=wide
     )
-    heads = moved.reshape(-1, n, t, h, 2 * d + e).transpose(2, 3)
     base = [given[name] for name in ("q", "k", "v", "p")]
-    change = dzkernels.attention_difference(*heads.split([d, d, e], -1), *base, scale=given["scale"], out_dtype=between)
-    rows = change.transpose(2, 3).reshape(-1, n * t, h * e)
+    moves = heads_of(moved, given)
+    change = dzkernels.attention_difference(*moves, *base, scale=given["scale"], out_dtype=between)
+    rows = change.transpose(2, 3).reshape(*given["delta"].shape[:2], -1)
     return dzkernels.linear_difference(rows, given["project"], given["residual"], operands=operands, out_dtype=wide)
 
 
-def bound(given: dict[str, Any], unit: float = UNIT[torch.float32]) -> float:
-    """Each product, norm and softmax of the chain is off by some roundings of the largest that its terms can be."""
-    sizes = double({**given, "norm": None})
-    step = sizes["delta"].abs()
-    reach = 8 * (step.sum(-1).amax() + step.amax())  # the norm, of d and of what var moves
-    reach = reach * sizes["weight"].abs().amax() * (1 + sizes["q"].abs().sum(-1).amax())
-    reach = reach * (1 + sizes["v"].abs().sum(-1).amax()) * sizes["project"].abs().sum(-1).amax()
-    return unit * 4 * max(*given["delta"].shape, *given["weight"].shape, *given["v"].shape) * float(reach)
+def heads_of(rows: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The queries, keys and values [P, N, H, T, .] among the features [P, N T, H (2 D + E)] of the first layer."""
+    (n, h, t, d), e = given["q"].shape, given["v"].shape[3]
+    return rows.reshape(-1, n, t, h, 2 * d + e).transpose(2, 3).split([d, d, e], -1)
+
+
+def bound(given: dict[str, Any], half: float = 0.0) -> Tensor:
+    """What the linear layer is off by goes through the attention, and what that is off by through the layer after it,
+    element by element. With bfloat16 operands that hold delta and the weights the change of the attention alone is
+    rounded, by ``half``."""
+    weight, project = given["weight"].flatten(0, 1), given["project"].double().abs().T
+    first = {"delta": given["delta"], "norm": given["norm"]}
+    features = moved_rows(**first)[0] @ weight.double().T
+    errors = heads_of(test_linear_difference.bound({**first, "weight": weight}), given)
+    args = dict(zip(test_attention_difference.MOVES, heads_of(features, given), strict=True))
+    args |= {name: given[name] for name in ("q", "k", "v", "p", "scale")}
+    wanted = dzkernels.attention_difference(**test_attention_difference.wide(args))
+    off = test_attention_difference.bound(args, errors)
+    rows, off = (values.transpose(2, 3).reshape(*given["delta"].shape[:2], -1) for values in (wanted.abs(), off))
+    off = off + half * (rows + off)
+    return (off + (given["project"].shape[1] + 4) * U * (rows + off)) @ project
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
