@@ -54,7 +54,7 @@ def _kernel(
         else:
             a = tl.load(delta + (p * R + r)[:, None] * C + c[None, :], mask=inside, other=0.0)
         b = tl.load(
-            weight + (tap * ins_of_group + i)[:, None] * filters + o[None, :],
+            weight + (tap * ins_of_group + i).to(tl.int64)[:, None] * filters + o[None, :],
             mask=(i < ins_of_group)[:, None] & (within < outs_of_group)[None, :],
             other=0.0,
         )

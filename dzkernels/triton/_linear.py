@@ -63,7 +63,7 @@ def held_rows(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The rows q of delta, or of its layer norm where there is zc, as PARTS left factors [rows, BLOCK] of dtype NUMBER,
-    0 outside."""
+    0 past K columns. Rows that are not inside may be NaN (eps = 0): their results are not to be stored."""
     if zc is not None:
         shift, rest, a, b = _moved_norms(delta, zc, var, q, r, inside, K, EPS)
     left = ()
@@ -83,7 +83,8 @@ def held_rows(
 @triton.jit
 def add_product(total, left, weight, o, k, M, K, UPCAST: tl.constexpr):
     """total + left weight[o, k]^T, on tensor cores: float32 as three products of tf32 halves, as good as float32."""
-    right = tl.load(weight + o[:, None] * K + k[None, :], mask=(o < M)[:, None] & (k < K)[None, :], other=0.0)
+    at, held = o[:, None].to(tl.int64) * K + k[None, :], (o < M)[:, None] & (k < K)[None, :]
+    right = tl.load(weight + at, mask=held, other=0.0)
     if UPCAST:  # Triton's interpreter takes bfloat16 operands for integers
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, tl.trans(right), total, input_precision="tf32x3")
