@@ -51,8 +51,8 @@ def _near_change(d, z, TANH: tl.constexpr):
     tail = phi * (mills((x - 3.0) * r) * r)
     third, fifth = square - 4.0, (square - 11.0) * square + 18.0
     seventh = ((square - 22.0) * square + 115.0) * square - 120.0
-    sum = (seventh * (1.0 / 5040.0) * step + fifth * (1.0 / 120.0)) * step + third * (1.0 / 6.0)
-    return d * (tl.where(m < 0.0, tail, 1.0 - tail) + m * phi * (sum * step + 1.0))
+    series = (seventh * (1.0 / 5040.0) * step + fifth * (1.0 / 120.0)) * step + third * (1.0 / 6.0)
+    return d * (tl.where(m < 0.0, tail, 1.0 - tail) + m * phi * (series * step + 1.0))
 
 
 @triton.jit
@@ -102,19 +102,18 @@ def mlp_difference(
     if out.numel() > 0:
         delta, up, z, down = delta.contiguous(), up.to(dtype).contiguous(), z.contiguous(), down.to(dtype).contiguous()
         residual = None if residual is None else residual.contiguous()
-        fixed = constants(norm, perturbations)
+        fixed, hidden_block = constants(norm, perturbations), min(32, block_of(hidden))
 
         def run(config: Config) -> None:
             together = fixed["TOGETHER"]
             tiles = triton.cdiv(perturbations, together) * triton.cdiv(rows, config["ROWS"] // together)
             _kernel[(tiles,)](
                 delta, *norm_arguments(norm), up, z, down, residual, out, perturbations, rows, width, hidden, outs,
-                TANH=approximate == "tanh", PARTS=parts, BLOCK=block, OUTS=block_of(outs), HIDDEN=step,
+                TANH=approximate == "tanh", PARTS=parts, BLOCK=block, OUTS=block_of(outs), HIDDEN=hidden_block,
                 **fixed, **config,
             )  # fmt: skip
 
         # Not tuned: BLOCK and HIDDEN, as the order of a sum depends on them, and rows that other instructions multiply.
-        step = min(32, block_of(hidden))
         size = 64 if dtype == torch.bfloat16 else 32
         configs = [
             {"ROWS": size, "num_warps": warps, "num_stages": stages} for warps, stages in ((8, 2), (8, 3), (4, 2))
