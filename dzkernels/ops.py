@@ -702,9 +702,9 @@ def mlp_difference(
 
     The result has the dtype of delta unless out_dtype is given, and so have the operands of the two products.
 
-    Exactness: float32 arithmetic; inner products run in order. With a = |d| |up|^T off by at most 1.13 (K + 10)
-    roundings of a times |down|^T, H + 4 roundings of 1.13 a |down|^T, and one of the result, besides what d is off by.
-    With operands=torch.bfloat16 d, the weights and the change of GELU are rounded to it once, and sums stay float32.
+    Exactness: products as in linear_difference. With a = |d| |up|^T off by at most 1.13 (K + 22) roundings of
+    a |down|^T, H + 16 roundings of 1.13 a |down|^T, and one of the result, besides what d is off by. With
+    operands=torch.bfloat16 d, the weights and the change of GELU are rounded to it once, and sums stay float32.
     Cost: 2 R H (K + M) operations a perturbation; the hidden layer stays in cache. Meant for weights that do so too.
     """
     op = "mlp_difference"
@@ -751,9 +751,11 @@ def linear_difference(
 
     The result has the dtype of delta unless out_dtype is given, and so have the operands of the product.
 
-    Exactness: float32 arithmetic; inner products run in order: off by at most K + 4 roundings of |d| |weight|^T and one
-    of the result, besides what d is off by. With operands=torch.bfloat16 d and the weight are rounded to it once, and
-    sums stay float32.
+    Exactness: float32 arithmetic, on tensor cores the sum of three products of tf32 halves, in any order; there an
+    infinity may give NaN. Off by at most K + 16 roundings of |d| |weight|^T and one of the result, besides what d is
+    off by; on tensor cores the product of the small halves that is left out, 2^-22, is 4 of the 16, what they are cut
+    by 4 more, and a sum in steps of 8 terms the rest. With operands=torch.bfloat16 d and the weight are rounded to it
+    once, and sums stay float32.
     Cost: 2 R K M operations a perturbation; reads delta and the residual, writes the result.
     """
     op = "linear_difference"
@@ -865,8 +867,8 @@ def attention_difference(
     The result has the dtype of the differences unless out_dtype is given. Any strides are read in place as long as
     the last dimension is contiguous.
 
-    Exactness: float32 arithmetic; inner products run in order. Off by at most (2 D + 4) roundings of the terms of dS,
-    what they become in dA, 24 roundings of dA as in softmax_difference, and (2 S + 4) of the terms of out.
+    Exactness: products as in linear_difference. Off by at most (2 D + 19) roundings of the terms of dS, what they
+    become in dA, 24 roundings of dA as in softmax_difference, and (2 S + 16) of the terms of out.
     Cost: 2 T S (D for each of dq and dk, E for each of dv and what moves p) operations and T S exponentials.
     """
     op = "attention_difference"

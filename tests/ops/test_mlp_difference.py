@@ -34,13 +34,13 @@ def reach(given: dict[str, Any]) -> Tensor:
 
 
 def bound(given: dict[str, Any], half: float = 0.0) -> Tensor:
-    """K + 4 roundings of a hidden difference and what the rows are off by, 6 of GELU, H + 4 of the second sum; with
+    """K + 16 roundings of a hidden difference and what the rows are off by, 6 of GELU, H + 16 of the second sum; with
     bfloat16 operands each of them is rounded by `half`."""
     rows, off = moved_rows(given["delta"], given.get("norm"))
     up, down = given["up"].double().abs().T, given["down"].double().abs().T
     hidden = rows.abs() @ up
-    first = (torch.zeros_like(rows) + off * (1 + half)) @ up + ((len(up) + 4) * U + 2 * half + half**2) * hidden
-    second = ((len(down) + 10) * U + 2 * half + half**2) * (hidden + first)
+    first = (torch.zeros_like(rows) + off * (1 + half)) @ up + ((len(up) + 16) * U + 2 * half + half**2) * hidden
+    second = ((len(down) + 22) * U + 2 * half + half**2) * (hidden + first)
     return SLOPE * (first + second) @ down
 
 

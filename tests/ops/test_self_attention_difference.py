@@ -77,7 +77,7 @@ def bound(given: dict[str, Any], half: float = 0.0) -> Tensor:
     off = test_attention_difference.bound(args, errors)
     rows, off = (values.transpose(2, 3).reshape(*given["delta"].shape[:2], -1) for values in (wanted.abs(), off))
     off = off + half * (rows + off)
-    return (off + (given["project"].shape[1] + 4) * U * (rows + off)) @ project
+    return (off + (given["project"].shape[1] + 16) * U * (rows + off)) @ project
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
