@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -171,16 +171,7 @@ def interrupt(delay: float, struck: threading.Event) -> None:
         delay = 2.0
 
 
-@pytest.fixture
-def _ctrl_c_raises() -> Iterator[None]:
-    """A shell lets what it starts in the background ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("_ctrl_c_raises")
 @pytest.mark.parametrize("call", ["estimate", "backward"])
 def test_ctrl_c_leaves_nothing_behind(build: Callable[..., Estimator], call: str) -> None:
     """A real SIGINT, at many moments of the estimate."""
