@@ -55,11 +55,11 @@ def changed(args: dict[str, Any], transform: Any) -> dict[str, Any]:
     return {name: transform(value) if isinstance(value, Tensor) else value for name, value in args.items()}
 
 
-def bound(args: dict[str, Any], errors: tuple[Tensor, ...] = (torch.zeros(()),) * 3) -> Tensor:
-    """The kernel's roundings, where dq, dk and dv are known but for ``errors``: n products summed are off by n + 16
-    of them, and each score by three more for the scale, its product and q + dq. Off by e, the scores move dA by
-    A' (e + sum A' e). Softmax as softmax_difference promises, where a row far from its base depends on how far p is
-    from a sum of 1. Then p + dA and the products."""
+def bound(args: dict[str, Any], errors: tuple[Tensor, ...] = (torch.zeros(()),) * 3, sums: int = 1) -> Tensor:
+    """The kernel's roundings, where dq, dk and dv are known but for ``errors``: n products summed are off by n + sums
+    of them (1 in order, 16 on tensor cores: linear_difference), and each score by three more for the scale, its
+    product and q + dq. Off by e, the scores move dA by A' (e + sum A' e). Softmax as softmax_difference promises,
+    where a row far from its base depends on how far p is from a sum of 1. Then p + dA and the products."""
     a = wide(args)
     dq, dk, dv = (torch.zeros_like(a[name[1:]])[None] if a[name] is None else a[name] for name in MOVES)
     p, inner, others = a["p"], 2 * a["q"].shape[-1], 2 * a["k"].shape[-2]
@@ -68,7 +68,7 @@ def bound(args: dict[str, Any], errors: tuple[Tensor, ...] = (torch.zeros(()),) 
     off_q, off_k, off_v = (off.double().expand_as(move) for off, move in zip(errors, (dq, dk, dv), strict=True))
     far_q, far_k, far_v = after.abs() + off_q, dk.abs() + off_k, dv.abs() + off_v
     e = off_q @ (a["k"].abs() + dk.abs()).mT + far_q @ off_k.mT
-    e = a["scale"] * (e + (inner + 19) * U * ((dq.abs() + off_q) @ a["k"].abs().mT + far_q @ far_k.mT))
+    e = a["scale"] * (e + (inner + sums + 3) * U * ((dq.abs() + off_q) @ a["k"].abs().mT + far_q @ far_k.mT))
     e = e.masked_fill(p == 0, 0.0)
     worst = e.amax(-1, keepdim=True)
     m = torch.logsumexp(p.log() + d, -1, keepdim=True)
@@ -82,7 +82,7 @@ def bound(args: dict[str, Any], errors: tuple[Tensor, ...] = (torch.zeros(()),) 
     by_softmax = by_softmax + torch.where(far, (p.sum(-1, keepdim=True) - 1).abs() * (moved + by_scores), 0.0)
     off = by_softmax + by_scores
     terms = (change.abs() + off) @ a["v"].abs() + (moved + off) @ far_v
-    limit = off @ a["v"].abs() + (off + U * moved) @ far_v + moved @ off_v + (others + 16) * U * terms
+    limit = off @ a["v"].abs() + (off + U * moved) @ far_v + moved @ off_v + (others + sums + 1) * U * terms
     count = next(len(a[name]) for name in MOVES if a[name] is not None)
     return limit.expand(count, *limit.shape[1:]) + 2.0**-140
 

@@ -74,7 +74,7 @@ def bound(given: dict[str, Any], half: float = 0.0) -> Tensor:
     args = dict(zip(test_attention_difference.MOVES, heads_of(features, given), strict=True))
     args |= {name: given[name] for name in ("q", "k", "v", "p", "scale")}
     wanted = dzkernels.attention_difference(**test_attention_difference.wide(args))
-    off = test_attention_difference.bound(args, errors)
+    off = test_attention_difference.bound(args, errors, sums=16)
     rows, off = (values.transpose(2, 3).reshape(*given["delta"].shape[:2], -1) for values in (wanted.abs(), off))
     off = off + half * (rows + off)
     return (off + (given["project"].shape[1] + 16) * U * (rows + off)) @ project
