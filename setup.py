@@ -32,6 +32,8 @@ OPS = (
     "dense_conv2d",
     "channel_batch_norm",
     "dense_batch_norm",
+    "conv2d_tap_batch_norm",
+    "channel_conv2d_batch_norm",
     "channel_linear_cross_entropy",
     "cross_entropy_difference",
     "gelu_difference",

@@ -41,6 +41,22 @@ def dense_batch_norm(
     /,
     *sizes: int,
 ) -> None: ...
+def conv2d_tap_batch_norm(
+    x: int, coord: int, step: int, zc: int, var: int, gamma: int, beta: int, out: int, eps: float, /, *sizes: int
+) -> None: ...
+def channel_conv2d_batch_norm(
+    delta: int,
+    channel: int,
+    weight: int,
+    zc: int,
+    var: int,
+    gamma: int,
+    beta: int,
+    out: int,
+    eps: float,
+    /,
+    *sizes: int,
+) -> None: ...
 def channel_linear_cross_entropy(
     delta: int, channel: int, weight: int, log_probs: int, probs: int, target: int, out: int, /, *sizes: int
 ) -> None: ...

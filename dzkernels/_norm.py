@@ -35,3 +35,20 @@ def moments(delta: Tensor, zc: Tensor) -> Tensor:
     mean = d.mean((1, 3, 4))
     d = d - mean[:, None, :, None, None]
     return torch.stack([mean, (d * (2 * zc.double() + d)).mean((1, 3, 4))], 1)
+
+
+def before_relu(zc: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """Base output of a batch norm, [N, C, H, W] float64."""
+    scale = gamma / (var + eps).sqrt()
+    return scale[:, None, None] * zc.double() + beta[:, None, None]
+
+
+def window_gap(y: Tensor, pooled: Tensor, pool: int) -> Tensor:
+    """max(y, 0) [N, C, H, W] minus the largest of its window, which is `pooled`: at most 0, 0 outside of windows."""
+    rows, columns = pooled.shape[2:]
+    gap = y.clamp(min=0)
+    gap[:, :, rows * pool :] = 0
+    gap[..., columns * pool :] = 0
+    windows = gap[..., : rows * pool, : columns * pool].unflatten(2, (rows, pool)).unflatten(4, (columns, pool))
+    windows -= pooled[:, :, :, None, :, None]
+    return gap

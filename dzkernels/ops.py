@@ -23,6 +23,8 @@ OPS = (
     "channel_batch_norm",
     "dense_batch_norm",
     "batch_norm_conv2d",
+    "conv2d_tap_batch_norm",
+    "channel_conv2d_batch_norm",
     "channel_linear_cross_entropy",
     "cross_entropy_difference",
     "gelu_difference",
@@ -63,32 +65,9 @@ def conv2d_tap(
     Cost: writes P * N * Ho * Wo values and reads as many; bound by memory traffic.
     """
     op = "conv2d_tap"
-    check.of_dtype(op, "x", x, check.FLOATS)
-    check.of_shape(op, "x", x, (None, None, None, None), "[N, Cin, H, W]")
-    check.of_dtype(op, "coord", coord, (torch.int64,))
-    check.of_shape(op, "coord", coord, (None, 4), "[P, 4]")
-    check.of_dtype(op, "step", step, (x.dtype,))
-    check.of_shape(op, "step", step, (coord.shape[0],), "[P]")
-    check.same_device(op, "coord", coord, "x", x)
-    check.same_device(op, "step", step, "x", x)
-    kernel = check.pair(op, "kernel", kernel, 1)
-    stride = check.pair(op, "stride", stride, 1)
-    padding = check.pair(op, "padding", padding, 0)
-    dilation = check.pair(op, "dilation", dilation, 1)
-    channels = x.shape[1]
-    if groups < 1 or channels % groups:
-        raise ValueError(f"dz::{op}: groups must be a divisor of the {channels} channels of x, got {groups}")
-    if out_channels < 1 or out_channels % groups:
-        raise ValueError(f"dz::{op}: out_channels must be a positive multiple of groups = {groups}, got {out_channels}")
-    check.output_size(op, x.shape[2], x.shape[3], kernel, stride, padding, dilation)
-    weight = (out_channels, channels // groups, *kernel)
-    if coord.device.type == "cpu" and coord.shape[0]:
-        low, high = torch.aminmax(coord, dim=0)
-        if int(low.min()) < 0 or any(h >= size for h, size in zip(high.tolist(), weight, strict=True)):
-            bad = int(((coord < 0) | (coord >= torch.tensor(weight))).any(1).nonzero()[0, 0])
-            raise ValueError(
-                f"dz::{op}: coord must be inside the weight {list(weight)}, got coord[{bad}] = {coord[bad].tolist()}"
-            )
+    kernel, stride, padding, dilation, _ = _tap_inputs(
+        op, x, coord, step, kernel, stride, padding, dilation, groups, out_channels
+    )
     return backends.run(
         op, x, x, coord, step, kernel=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups,
         out_channels=out_channels,
@@ -122,22 +101,7 @@ def channel_conv2d(
     Cost: 2 * kh * kw operations per output value of the group.
     """
     op = "channel_conv2d"
-    check.of_dtype(op, "delta", delta, check.FLOATS)
-    check.of_shape(op, "delta", delta, (None, None, None, None), "[P, N, H, W]")
-    check.of_dtype(op, "channel", channel, (torch.int64,))
-    check.of_shape(op, "channel", channel, (delta.shape[0],), "[P]")
-    check.of_dtype(op, "weight", weight, (delta.dtype,))
-    check.of_shape(op, "weight", weight, (None, None, None, None), "[O, Cg, kh, kw]")
-    check.same_device(op, "channel", channel, "delta", delta)
-    check.same_device(op, "weight", weight, "delta", delta)
-    stride = check.pair(op, "stride", stride, 1)
-    padding = check.pair(op, "padding", padding, 0)
-    dilation = check.pair(op, "dilation", dilation, 1)
-    if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"dz::{op}: groups must divide the {weight.shape[0]} rows of weight, got {groups}")
-    kernel = (weight.shape[2], weight.shape[3])
-    check.output_size(op, delta.shape[2], delta.shape[3], kernel, stride, padding, dilation)
-    check.in_range(op, "channel", channel, weight.shape[1] * groups, "input channels")
+    stride, padding, dilation, _ = _channel_inputs(op, delta, channel, weight, stride, padding, dilation, groups)
     if out_dtype is None:
         out_dtype = delta.dtype
     elif out_dtype not in check.FLOATS:
@@ -439,6 +403,192 @@ def batch_norm_conv2d(
         residual_channel=residual_channel, y=y if relu else None, moments=moments, stride=stride, padding=padding,
         dilation=dilation, next_zc=next_zc,
     )  # fmt: skip
+
+
+def conv2d_tap_batch_norm(
+    x: Tensor,
+    coord: Tensor,
+    step: Tensor,
+    zc: Tensor,
+    var: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    kernel: Pair,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    training: bool = True,
+    relu: bool = False,
+    pool: int = 1,
+) -> Tensor:
+    """Change of one output channel of a conv2d when one of its weights grows, through batch norm, ReLU, max pooling.
+
+    out[p] = channel_batch_norm(conv2d_tap(x, coord, step), o, zc, ...) with o = coord[p, 0]
+    where y = gamma / sqrt(var + eps) * zc + beta, and gap the difference of max(y, 0) from the largest of its window
+
+    x .. groups  as in conv2d_tap, which has out_channels = O
+    zc           [N, O, Ho, Wo]  base input of the norm minus its mean, dtype of x
+    var          [O] float64     its biased variance over N, Ho, Wo (training), or the running variance
+    gamma, beta  [O]             weight and bias of the norm, float32 or float64; None means 1 and 0
+    relu         needed with pool > 1
+    result       [P, N, Ho // pool, Wo // pool]  contiguous, dtype of x
+
+    Exactness: as in channel_batch_norm of the rounded values of conv2d_tap. y is taken anew from zc, and off from what
+    the model computed by roundings. x and zc are read fastest from contiguous [C, N, H, W] memory.
+    Cost: reads x and zc twice, from cache where successive coordinates have the same channels; writes the result.
+    """
+    op = "conv2d_tap_batch_norm"
+    check.of_dtype(op, "zc", zc, check.FLOATS)
+    check.of_shape(op, "zc", zc, (None, None, None, None), "[N, O, Ho, Wo]")
+    outs = zc.shape[1]
+    kernel, stride, padding, dilation, size = _tap_inputs(
+        op, x, coord, step, kernel, stride, padding, dilation, groups, outs
+    )
+    scale, shift = _norm_after(op, "x", x, zc, var, gamma, beta, (x.shape[0], outs, *size), eps, relu, pool)
+    return backends.run(
+        op, x, x, coord, step, zc, var, scale, shift, kernel=kernel, stride=stride, padding=padding, dilation=dilation,
+        groups=groups, eps=float(eps), training=bool(training), relu=bool(relu), pool=pool,
+    )  # fmt: skip
+
+
+def channel_conv2d_batch_norm(
+    delta: Tensor,
+    channel: Tensor,
+    weight: Tensor,
+    zc: Tensor,
+    var: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    eps: float = 1e-5,
+    training: bool = True,
+    relu: bool = False,
+    pool: int = 1,
+    mean: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A difference that lives in one input channel per perturbation, through a conv2d, batch norm, ReLU, max pooling.
+
+    out[p] = dense_batch_norm(channel_conv2d(delta, channel, weight), zc, ...)[p]
+    where y = gamma / sqrt(var + eps) * zc + beta, and gap the difference of max(y, 0) from the largest of its window
+
+    delta, channel, weight  as in channel_conv2d, in one group
+    zc           [N, O, Ho, Wo]  base input of the norm minus its mean, dtype of delta
+    var          [O] float64     its biased variance over N, Ho, Wo (training), or the running variance
+    gamma, beta  [O]             weight and bias of the norm, float32 or float64; None means 1 and 0
+    relu         needed with pool > 1
+    mean         of each image and channel, at the end
+    result       [P, N, O, Ho // pool, Wo // pool]  a view of contiguous [P, N, Ho // pool, Wo // pool, O] memory;
+                 [P, N, O] with mean
+
+    The result has the dtype of delta unless out_dtype is given.
+
+    Exactness: as in dense_batch_norm of the values of channel_conv2d. y is taken anew from zc, and off from what the
+    model computed by roundings. zc is read fastest from contiguous [O, N, Ho, Wo] memory.
+    Cost: 4 * kh * kw operations per value of the convolution, which is done twice and stored nowhere.
+    """
+    op = "channel_conv2d_batch_norm"
+    stride, padding, dilation, size = _channel_inputs(op, delta, channel, weight, stride, padding, dilation, 1)
+    shape = (delta.shape[1], weight.shape[0], *size)
+    scale, shift = _norm_after(op, "delta", delta, zc, var, gamma, beta, shape, eps, relu, pool)
+    if out_dtype is None:
+        out_dtype = delta.dtype
+    elif out_dtype not in check.FLOATS:
+        raise TypeError(f"dz::{op}: out_dtype must be a floating-point dtype, got {out_dtype}")
+    return backends.run(
+        op, delta, delta, channel, weight, zc, var, scale, shift, stride=stride, padding=padding, dilation=dilation,
+        eps=float(eps), training=bool(training), relu=bool(relu), pool=pool, mean=bool(mean),
+        out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def _tap_inputs(
+    op: str, x: Tensor, coord: Tensor, step: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
+    groups: int, out_channels: int,
+) -> tuple[tuple[int, int], ...]:  # fmt: skip
+    """kernel, stride, padding and dilation as pairs, and the size of the output."""
+    check.of_dtype(op, "x", x, check.FLOATS)
+    check.of_shape(op, "x", x, (None, None, None, None), "[N, Cin, H, W]")
+    check.of_dtype(op, "coord", coord, (torch.int64,))
+    check.of_shape(op, "coord", coord, (None, 4), "[P, 4]")
+    check.of_dtype(op, "step", step, (x.dtype,))
+    check.of_shape(op, "step", step, (coord.shape[0],), "[P]")
+    check.same_device(op, "coord", coord, "x", x)
+    check.same_device(op, "step", step, "x", x)
+    kernel = check.pair(op, "kernel", kernel, 1)
+    stride = check.pair(op, "stride", stride, 1)
+    padding = check.pair(op, "padding", padding, 0)
+    dilation = check.pair(op, "dilation", dilation, 1)
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"dz::{op}: groups must be a divisor of the {channels} channels of x, got {groups}")
+    if out_channels < 1 or out_channels % groups:
+        raise ValueError(f"dz::{op}: out_channels must be a positive multiple of groups = {groups}, got {out_channels}")
+    size = check.output_size(op, x.shape[2], x.shape[3], kernel, stride, padding, dilation)
+    weight = (out_channels, channels // groups, *kernel)
+    if coord.device.type == "cpu" and coord.shape[0]:
+        low, high = torch.aminmax(coord, dim=0)
+        if int(low.min()) < 0 or any(h >= size for h, size in zip(high.tolist(), weight, strict=True)):
+            bad = int(((coord < 0) | (coord >= torch.tensor(weight))).any(1).nonzero()[0, 0])
+            raise ValueError(
+                f"dz::{op}: coord must be inside the weight {list(weight)}, got coord[{bad}] = {coord[bad].tolist()}"
+            )
+    return kernel, stride, padding, dilation, size
+
+
+def _channel_inputs(
+    op: str, delta: Tensor, channel: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> tuple[tuple[int, int], ...]:
+    """stride, padding and dilation as pairs, and the size of the output."""
+    check.of_dtype(op, "delta", delta, check.FLOATS)
+    check.of_shape(op, "delta", delta, (None, None, None, None), "[P, N, H, W]")
+    check.of_dtype(op, "channel", channel, (torch.int64,))
+    check.of_shape(op, "channel", channel, (delta.shape[0],), "[P]")
+    check.of_dtype(op, "weight", weight, (delta.dtype,))
+    check.of_shape(op, "weight", weight, (None, None, None, None), "[O, Cg, kh, kw]")
+    check.same_device(op, "channel", channel, "delta", delta)
+    check.same_device(op, "weight", weight, "delta", delta)
+    stride = check.pair(op, "stride", stride, 1)
+    padding = check.pair(op, "padding", padding, 0)
+    dilation = check.pair(op, "dilation", dilation, 1)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"dz::{op}: groups must divide the {weight.shape[0]} rows of weight, got {groups}")
+    kernel = (weight.shape[2], weight.shape[3])
+    size = check.output_size(op, delta.shape[2], delta.shape[3], kernel, stride, padding, dilation)
+    check.in_range(op, "channel", channel, weight.shape[1] * groups, "input channels")
+    return stride, padding, dilation, size
+
+
+def _norm_after(
+    op: str, name: str, moved: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None,
+    shape: tuple[int, ...], eps: float, relu: bool, pool: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weight and bias in float64 of a norm whose input is of `shape` and has the dtype of `moved`."""
+    check.of_dtype(op, "zc", zc, (moved.dtype,))
+    check.of_shape(op, "zc", zc, shape, "[N, O, Ho, Wo]")
+    check.same_device(op, "zc", zc, name, moved)
+    if zc.numel() == 0:
+        raise ValueError(f"dz::{op}: zc must be non-empty, got {check.shape(zc)}")
+    channels = shape[1]
+    check.of_dtype(op, "var", var, (torch.float64,))
+    for what, values in (("var", var), ("gamma", gamma), ("beta", beta)):
+        if values is not None:
+            check.of_dtype(op, what, values, (torch.float32, torch.float64))
+            check.of_shape(op, what, values, (channels,), "[O]")
+            check.same_device(op, what, values, name, moved)
+    _pool(op, pool, *shape[2:])
+    if pool > 1 and not relu:
+        raise ValueError(f"dz::{op}: relu must be True with pool={pool}, got {relu}")
+    if not eps >= 0:
+        raise ValueError(f"dz::{op}: eps must be at least 0, got {eps}")
+    one, nothing = torch.ones_like(var), torch.zeros_like(var)
+    return (one if gamma is None else gamma.double()), (nothing if beta is None else beta.double())
 
 
 def _norm_inputs(

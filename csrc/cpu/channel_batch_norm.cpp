@@ -1,4 +1,4 @@
-#include "norm.h"
+#include "plane_norm.h"
 
 namespace dz {
 namespace {
@@ -6,9 +6,6 @@ namespace {
 // Sums are taken over blocks of this many elements and the blocks added in order: the result does not depend on which
 // thread took which block.
 constexpr int64_t kBlock = 4096;
-constexpr int64_t kSums = 4;                   // vectors that are summed side by side
-constexpr int64_t kRun = 64 * kSums * kLanes;  // elements whose sums stay in float32: 64 terms each
-constexpr int64_t kMoments = 3;                // of e = d - shift: sums of e, e^2, zc e
 
 // One channel of a [N, C, H, W] tensor.
 struct Plane {
@@ -30,58 +27,6 @@ struct Plane {
       m += run;
     }
   }
-};
-
-typedef double Wide __attribute__((vector_size(kLanes * sizeof(double))));
-
-DZ_INLINE double sum_of(Wide v) {
-  double total = 0.0;
-  for (int64_t i = 0; i < kLanes; ++i) total += v[i];
-  return total;
-}
-
-void moments(const float* d, const float* zc, float shift, double* sums, int64_t size) {
-  Wide wide_e1 = {}, wide_e2 = {}, wide_ze = {};
-  int64_t i = 0;
-  while (size - i >= kSums * kLanes) {
-    const int64_t end = i + lesser(kRun, (size - i) / (kSums * kLanes) * (kSums * kLanes));
-    Vec a[kSums] = {}, b[kSums] = {}, c[kSums] = {};
-    for (; i < end; i += kSums * kLanes) {
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < kSums; ++k) {
-        const Vec e = load<Vec>(d + i + k * kLanes) - shift;
-        a[k] += e;
-        b[k] += e * e;
-        c[k] += e * load<Vec>(zc + i + k * kLanes);
-      }
-    }
-    for (int64_t k = 0; k < kSums; ++k) {
-      wide_e1 += __builtin_convertvector(a[k], Wide);
-      wide_e2 += __builtin_convertvector(b[k], Wide);
-      wide_ze += __builtin_convertvector(c[k], Wide);
-    }
-  }
-  double e1 = sum_of(wide_e1), e2 = sum_of(wide_e2), ze = sum_of(wide_ze);
-  for (; i < size; ++i) {
-    const double e = d[i] - shift;
-    e1 += e, e2 += e * e, ze += e * zc[i];
-  }
-  sums[0] = e1, sums[1] = e2, sums[2] = ze;
-}
-
-// Sum of (zc + d - mean_d)^2.
-double moved_variance(const float* zc, const float* d, double mean_d, int64_t size) {
-  double total = 0.0;
-  for (int64_t i = 0; i < size; ++i) {
-    const double moved = zc[i] + (d[i] - mean_d);
-    total += moved * moved;
-  }
-  return total;
-}
-
-// dn = scale (d - shift) - (pull zc + offset)
-struct Coefficients {
-  float shift, scale, pull, offset;
 };
 
 // out = dn, through the ReLU with y, plus gap. Without ZC only scale matters.
@@ -168,7 +113,7 @@ void DZ_KERNEL(channel_batch_norm)(const float* delta, const int64_t* channel, c
   const bool own_y = y != nullptr && !Plane{y, yn, yh, yw, H, W}.contiguous();
   const bool own_gap = gap != nullptr && !Plane{gap, gn, gh, gw, H, W}.contiguous();
   Scratch<float> planes(slots * size * (training + own_y + own_gap)), pooled(gap != nullptr ? threads * 2 * held : 0);
-  Scratch<double> partials(slots * (blocks * kMoments + 8));
+  Scratch<Moments> partials(slots * (blocks + 3));
   const Apply run = apply_for(training, y != nullptr, gap != nullptr);
 
 #pragma omp parallel if (!split)
@@ -176,7 +121,7 @@ void DZ_KERNEL(channel_batch_norm)(const float* delta, const int64_t* channel, c
     const int64_t slot = split ? 0 : omp_get_thread_num();
     float* zc = planes.data + slot * size * (training + own_y + own_gap);
     float *y_copy = zc + (training ? size : 0), *gap_copy = y_copy + (own_y ? size : 0);
-    double* partial = partials.data + slot * (blocks * kMoments + 8);
+    Moments* partial = partials.data + slot * (blocks + 3);
     int64_t kept = -1;  // the channel in the planes
 
 #pragma omp for schedule(static)
@@ -185,8 +130,7 @@ void DZ_KERNEL(channel_batch_norm)(const float* delta, const int64_t* channel, c
       const float* d = delta + p * M;
       const float* y_plane = own_y ? y_copy : y != nullptr ? y + c * yc : nullptr;
       const float* gap_plane = own_gap ? gap_copy : gap != nullptr ? gap + c * gc : nullptr;
-      const double before = var[c] + eps, s = __builtin_sqrt(before);
-      Coefficients with = {0.0f, static_cast<float>(gamma[c] / s), 0.0f, 0.0f};
+      Coefficients with = still_coefficients(var[c] + eps, gamma[c]);
 
       if (kept != c) {
         kept = c;
@@ -207,28 +151,18 @@ void DZ_KERNEL(channel_batch_norm)(const float* delta, const int64_t* channel, c
 #pragma omp parallel for schedule(static) if (split)
         for (int64_t k = 0; k < blocks; ++k) {
           const int64_t first = k * kBlock;
-          moments(d + first, zc + first, shift, partial + k * kMoments, lesser(M - first, kBlock));
+          partial[k] = moments(d + first, zc + first, shift, lesser(M - first, kBlock));
         }
-        double e1 = 0.0, e2 = 0.0, ze = 0.0;
-        for (int64_t k = 0; k < blocks; ++k) {
-          e1 += partial[k * kMoments], e2 += partial[k * kMoments + 1], ze += partial[k * kMoments + 2];
-        }
-        const double count = static_cast<double>(M), mean_e = e1 / count, mean_d = shift + mean_e;
-        const double dvar = (2 * ze + e2) / count - mean_e * mean_e;
-        double after = before + dvar;
-        if (after < before / 16) {  // four bits are gone: take the new variance from the moved values themselves
-          after = 0.0;
+        Moments sums = {};
+        for (int64_t k = 0; k < blocks; ++k) sums += partial[k];
+        with = moved_coefficients(sums, shift, M, var[c] + eps, gamma[c], [&](double mean_d) {
+          double after = 0.0;
           for (int64_t k = 0; k < blocks; ++k) {
             const int64_t first = k * kBlock;
             after += moved_variance(zc + first, d + first, mean_d, lesser(M - first, kBlock));
           }
-          after = after / count + eps;
-        }
-        const double t = __builtin_sqrt(after), a = gamma[c] / t;
-        with.shift = static_cast<float>(mean_d);
-        with.scale = static_cast<float>(a);
-        with.pull = static_cast<float>(gamma[c] * dvar / (s * t * (s + t)));
-        with.offset = static_cast<float>(a * (mean_d - with.shift));
+          return after / static_cast<double>(M) + eps;
+        });
       }
 
       const int64_t pieces = gap != nullptr ? strips.pieces : blocks;

@@ -95,6 +95,14 @@ DZ_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 DZ_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 DZ_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Asks for memory that will be read, or written, after some thousand operations of something else: what the processor's
+// own prefetcher does not see coming.
+template <bool kWrite, typename T>
+DZ_INLINE void fetch_ahead(const T* from, int64_t size) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < size; i += line) __builtin_prefetch(from + i, kWrite ? 1 : 0, 2);
+}
+
 // Aligned memory, not initialised. Made before a parallel region, so that running out of it is an ordinary exception.
 template <typename T>
 struct Scratch {

@@ -13,6 +13,14 @@ namespace {
 typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef int64_t Lanes8 __attribute__((vector_size(64)));
 
+#if defined(__AVX512F__)
+constexpr Mask kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+constexpr Mask kLane = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+constexpr Mask kLane = {0, 1, 2, 3};
+#endif
+
 constexpr int64_t kLaneTerms = 8;  // float32 terms that a lane adds before the sum goes on in float64
 constexpr int64_t kTogether = 8;   // rows whose divisions, roots and logarithms overlap
 
@@ -24,6 +32,12 @@ DZ_INLINE Vec load_some(const float* p, int64_t n) {
 
 DZ_INLINE void store_some(float* p, Vec v, int64_t n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
+}
+
+// Lanes first .. last - 1 from memory, the others 0.
+DZ_INLINE Vec load_between(const float* p, int64_t first, int64_t last) {
+  const auto mask = static_cast<__mmask16>(((1u << last) - 1) & ~((1u << first) - 1));
+  return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(mask, p));
 }
 
 DZ_INLINE Vec load_some(const Bf16* p, int64_t n) {
@@ -39,6 +53,10 @@ DZ_INLINE Vec load_some(const float* p, int64_t n) {
   return reinterpret_cast<Vec>(_mm256_maskload_ps(p, first_lanes(n)));
 }
 
+DZ_INLINE Vec load_between(const float* p, int64_t first, int64_t last) {
+  return reinterpret_cast<Vec>(_mm256_maskload_ps(p, _mm256_andnot_si256(first_lanes(first), first_lanes(last))));
+}
+
 DZ_INLINE void store_some(float* p, Vec v, int64_t n) {
   _mm256_maskstore_ps(p, first_lanes(n), reinterpret_cast<__m256>(v));
 }
@@ -47,6 +65,12 @@ DZ_INLINE Vec load_some(const float* p, int64_t n) {
   if (n == kLanes) return load<Vec>(p);
   Vec v = {};
   for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+DZ_INLINE Vec load_between(const float* p, int64_t first, int64_t last) {
+  Vec v = {};
+  for (int64_t i = first; i < last; ++i) v[i] = p[i];
   return v;
 }
 

@@ -16,14 +16,6 @@ DZ_INLINE int64_t panel_width(int64_t columns) {
   return (fewer ? least : kWidest) * kLanes;
 }
 
-#if defined(__AVX512F__)
-constexpr Mask kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#elif defined(__AVX2__)
-constexpr Mask kLane = {0, 1, 2, 3, 4, 5, 6, 7};
-#else
-constexpr Mask kLane = {0, 1, 2, 3};
-#endif
-
 // The squares of H lanes off the diagonal change places.
 template <int H>
 DZ_INLINE void transpose(Vec (&v)[kLanes]) {
@@ -88,11 +80,28 @@ void pack(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t 
   }
 }
 
+// Where the rows of a panel begin: one after the other, or anywhere.
+struct Packed {
+  template <int REGISTERS>
+  DZ_INLINE int64_t row(int64_t t) const {
+    return t * REGISTERS * kLanes;
+  }
+};
+
+struct Placed {
+  const int64_t* places;
+
+  template <int REGISTERS>
+  DZ_INLINE int64_t row(int64_t t) const {
+    return places[t];
+  }
+};
+
 // out[i, j] = sum_t left[i, t] * panel[t, j] for ROWS rows and REGISTERS registers of columns. The accumulators never
 // leave registers; the sum runs over t in order, in every tile shape alike.
-template <int ROWS, int REGISTERS, typename Out>
-DZ_INLINE void tile(const float* left, int64_t left_row, const float* panel, int64_t depth, Out* out, int64_t out_row,
-                    int64_t columns) {
+template <int ROWS, int REGISTERS, typename Layout, typename Out>
+DZ_INLINE void tile(const float* left, int64_t left_row, const float* panel, Layout place, int64_t depth, Out* out,
+                    int64_t out_row, int64_t columns) {
   Vec sum[ROWS][REGISTERS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
@@ -102,7 +111,7 @@ DZ_INLINE void tile(const float* left, int64_t left_row, const float* panel, int
   for (int64_t t = 0; t < depth; ++t) {
     Vec right[REGISTERS];
 #pragma GCC unroll 4
-    for (int r = 0; r < REGISTERS; ++r) right[r] = load<Vec>(panel + (t * REGISTERS + r) * kLanes);
+    for (int r = 0; r < REGISTERS; ++r) right[r] = load<Vec>(panel + place.template row<REGISTERS>(t) + r * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       const Vec value = left[i * left_row + t] - Vec{};
@@ -126,22 +135,22 @@ DZ_INLINE void tile(const float* left, int64_t left_row, const float* panel, int
 }
 
 // The last tile, which may be half of one, overlaps the one before it and writes the same values again.
-template <int ROWS, int REGISTERS, typename Out>
-void panel_product(const float* left, int64_t left_row, int64_t rows, const float* panel, int64_t depth, Out* out,
-                   int64_t out_row, int64_t columns) {
+template <int ROWS, int REGISTERS, typename Layout, typename Out>
+void panel_product(const float* left, int64_t left_row, int64_t rows, const float* panel, Layout place, int64_t depth,
+                   Out* out, int64_t out_row, int64_t columns) {
   constexpr int half = (ROWS + 1) / 2;
   int64_t i = 0;
   for (; i + half < rows && rows >= ROWS; i += ROWS) {
     const int64_t at = lesser(i, rows - ROWS);
-    tile<ROWS, REGISTERS>(left + at * left_row, left_row, panel, depth, out + at * out_row, out_row, columns);
+    tile<ROWS, REGISTERS>(left + at * left_row, left_row, panel, place, depth, out + at * out_row, out_row, columns);
   }
   if (i >= rows) return;
   if constexpr (ROWS > 1) {
     const int64_t at = rows >= ROWS ? rows - half : 0;
-    panel_product<half, REGISTERS>(left + at * left_row, left_row, rows - at, panel, depth, out + at * out_row, out_row,
-                                   columns);
+    panel_product<half, REGISTERS>(left + at * left_row, left_row, rows - at, panel, place, depth, out + at * out_row,
+                                   out_row, columns);
   } else {
-    tile<1, REGISTERS>(left + i * left_row, left_row, panel, depth, out + i * out_row, out_row, columns);
+    tile<1, REGISTERS>(left + i * left_row, left_row, panel, place, depth, out + i * out_row, out_row, columns);
   }
 }
 
@@ -149,13 +158,13 @@ void panel_product(const float* left, int64_t left_row, int64_t rows, const floa
 constexpr int tile_rows(int registers) { return kLanes == 16 && registers < 4 ? 8 : registers == 1 ? 8 : 6; }
 
 // The panel that has room for `columns`, but no whole register too many.
-template <int REGISTERS, typename Out>
-void fitting_product(const float* left, int64_t left_row, int64_t rows, const float* panel, int64_t depth, Out* out,
-                     int64_t out_row, int64_t columns) {
+template <int REGISTERS, typename Layout, typename Out>
+void fitting_product(const float* left, int64_t left_row, int64_t rows, const float* panel, Layout place, int64_t depth,
+                     Out* out, int64_t out_row, int64_t columns) {
   if (columns > (REGISTERS - 1) * kLanes) {
-    panel_product<tile_rows(REGISTERS), REGISTERS>(left, left_row, rows, panel, depth, out, out_row, columns);
+    panel_product<tile_rows(REGISTERS), REGISTERS>(left, left_row, rows, panel, place, depth, out, out_row, columns);
   } else if constexpr (REGISTERS > 1) {
-    fitting_product<REGISTERS - 1>(left, left_row, rows, panel, depth, out, out_row, columns);
+    fitting_product<REGISTERS - 1>(left, left_row, rows, panel, place, depth, out, out_row, columns);
   }
 }
 
@@ -166,7 +175,17 @@ void product(const float* left, int64_t left_row, int64_t rows, const float* pac
   const int64_t widest = panel_width(columns);
   for (int64_t c = 0; c < columns; c += widest) {
     const int64_t count = lesser(widest, columns - c);
-    fitting_product<kWidest>(left, left_row, rows, packed + c * depth, depth, out + c, out_row, count);
+    fitting_product<kWidest>(left, left_row, rows, packed + c * depth, Packed(), depth, out + c, out_row, count);
+  }
+}
+
+// The same with a right factor whose rows begin at the `places` of `right`; they are read in whole registers.
+template <typename Out>
+void product_of_rows(const float* left, int64_t left_row, int64_t rows, const float* right, const int64_t* places,
+                     int64_t depth, Out* out, int64_t out_row, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += kWidest * kLanes) {
+    const int64_t count = lesser(kWidest * kLanes, columns - c);
+    fitting_product<kWidest>(left, left_row, rows, right + c, Placed{places}, depth, out + c, out_row, count);
   }
 }
 

@@ -38,14 +38,6 @@ void add(const float* a, const B* b, To* to, int64_t size) {
   }
 }
 
-// Asks for memory that will be read, or written, after some thousand operations of something else. The rows that a tile
-// takes of one perturbation end where the processor's own prefetcher begins to see them.
-template <bool kWrite, typename T>
-DZ_INLINE void fetch_ahead(const T* from, int64_t size) {
-  constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = 0; i < size; i += line) __builtin_prefetch(from + i, kWrite ? 1 : 0, 2);
-}
-
 // The layer norm before a layer; zc null: there is none.
 struct Norm {
   const float* zc;     // [R, K]

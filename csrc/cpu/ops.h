@@ -52,6 +52,26 @@
                         void* out,         /* [P, N, H / pool, W / pool, C] float32, or bfloat16 with out_half     */  \
                         double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t C, int64_t pool,               \
                         bool training, bool delta_half, bool residual_half, bool out_half))                            \
+  OP(conv2d_tap_batch_norm, (const float* x, /* [Cin, N, H, W]                                                     */  \
+                             const int64_t* coord, const float* step, /* [P, 4] as (o, c, i, j), [P]               */  \
+                             const float* zc, /* [O, N, Ho, Wo]                                                    */  \
+                             const double* var, const double* gamma, const double* beta, /* [O] each               */  \
+                             float* out,   /* [P, N, Ho / pool, Wo / pool]                                         */  \
+                             double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo,           \
+                             int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,                         \
+                             int64_t dil_h, int64_t dil_w, int64_t in_per_group, int64_t out_per_group,                \
+                             int64_t pool, bool training, bool relu))                                                  \
+  OP(channel_conv2d_batch_norm, (const float* delta, /* [P, N, H, W]                                               */  \
+                                 const int64_t* channel, /* [P] input channel                                      */  \
+                                 const float* weight, /* [O, C, kh, kw]                                            */  \
+                                 const float* zc, /* [O, N, Ho, Wo]                                                */  \
+                                 const double* var, const double* gamma, const double* beta, /* [O] each           */  \
+                                 void* out, /* [P, N, Ho / pool, Wo / pool, O], with mean [P, N, O]; float32,      */  \
+                                            /* or bfloat16 with half                                               */  \
+                                 double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo,       \
+                                 int64_t C, int64_t O, int64_t kh, int64_t kw, int64_t stride_h, int64_t stride_w,     \
+                                 int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,                           \
+                                 int64_t pool, bool training, bool relu, bool mean, bool half))                                   \
   OP(channel_linear_cross_entropy, (const float* delta, /* [P, N]                                                  */  \
                                     const int64_t* channel, /* [P] input feature                                   */  \
                                     const float* weight, /* [K, C] with strides wk, wc                             */  \

@@ -532,6 +532,121 @@ void test_dense_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t W
   compare("dense_batch_norm " + dz::isa(), out, wanted, half ? 8e-3 : 2e-5);
 }
 
+// A norm, ReLU and max pooling after a convolution, channel by channel.
+struct After {
+  After(const Geometry& g, bool training_, bool relu_, int64_t pool_)
+      : N(g.N), H(g.Ho), W(g.Wo), pool(pool_), training(training_), relu(relu_ || pool_ > 1) {
+    zc = normals(g.O * M(), 1);
+    for (int64_t o = 0; o < g.O; ++o) {
+      double mean = 0, square = 0;
+      for (int64_t m = 0; m < M(); ++m) mean += zc[o * M() + m] / static_cast<double>(M());
+      for (int64_t m = 0; m < M(); ++m) zc[o * M() + m] = static_cast<float>(zc[o * M() + m] - mean);
+      for (int64_t m = 0; m < M(); ++m) square += std::pow(zc[o * M() + m], 2) / static_cast<double>(M());
+      var.push_back(square);
+      gamma.push_back(0.5 + static_cast<double>(o % 3));
+      beta.push_back(0.1 * static_cast<double>(o % 4));
+    }
+  }
+  int64_t M() const { return N * H * W; }
+
+  // What the difference d [N, H, W] of channel o becomes, [N, H / pool, W / pool].
+  Doubles changed(const Doubles& d, int64_t o) const {
+    double mean = 0, after = 0;
+    for (int64_t m = 0; m < M() && training; ++m) mean += d[m] / static_cast<double>(M());
+    const auto at = [&](int64_t m) { return zc[o * M() + m] + (d[m] - mean); };
+    for (int64_t m = 0; m < M(); ++m) after += std::pow(at(m), 2) / static_cast<double>(M());
+    const double s = std::sqrt(var[o] + eps);
+    Doubles out;
+    for (int64_t q = 0; q < N * (H / pool) * (W / pool); ++q) {
+      const int64_t v = q % (W / pool), u = q / (W / pool) % (H / pool), n = q / (W / pool) / (H / pool);
+      double top = relu ? 0 : -HUGE_VAL, base = top;
+      for (int64_t k = 0; k < pool * pool; ++k) {
+        const int64_t m = (n * H + u * pool + k / pool) * W + v * pool + k % pool;
+        const double y = gamma[o] * zc[o * M() + m] / s + beta[o];
+        const double change = gamma[o] * (training ? at(m) / std::sqrt(after + eps) - zc[o * M() + m] / s : d[m] / s);
+        top = std::fmax(top, y + change), base = std::fmax(base, y);
+      }
+      out.push_back(top - base);
+    }
+    return out;
+  }
+
+  int64_t N, H, W, pool;
+  bool training, relu;
+  double eps = 1e-5;
+  Floats zc;  // [O, N, H, W]
+  Doubles var, gamma, beta;
+};
+
+void test_conv2d_tap_batch_norm(const Geometry& g, bool training, bool relu, int64_t pool) {
+  const After after(g, training, relu, pool);
+  const int64_t Cg = g.C / g.groups, Og = g.O / g.groups;
+  const Floats x = normals(g.C * g.N * g.H * g.W, 1), step = normals(g.P, 0.3f);
+  Indices coord;
+  Floats wanted;
+  for (int64_t p = 0; p < g.P; ++p) {
+    const int64_t o = draw(0, g.O - 1), c = draw(0, Cg - 1), i = draw(0, g.kh - 1), j = draw(0, g.kw - 1);
+    coord.insert(coord.end(), {o, c, i, j});
+    Doubles d;
+    for (int64_t m = 0; m < after.M(); ++m) {
+      const int64_t h = m / g.Wo % g.Ho * g.sh + i * g.dh - g.ph, w = m % g.Wo * g.sw + j * g.dw - g.pw;
+      const bool inside = h >= 0 && h < g.H && w >= 0 && w < g.W;
+      const int64_t n = m / g.Wo / g.Ho;
+      d.push_back(inside ? static_cast<double>(step[p]) * x[(((o / Og * Cg + c) * g.N + n) * g.H + h) * g.W + w] : 0.0);
+    }
+    for (const double v : after.changed(d, o)) wanted.push_back(static_cast<float>(v));
+  }
+  Floats out = poisoned(static_cast<int64_t>(wanted.size()));
+  dz::kernels().conv2d_tap_batch_norm(x.data(), coord.data(), step.data(), after.zc.data(), after.var.data(),
+                                      after.gamma.data(), after.beta.data(), out.data(), after.eps, g.P, g.N, g.H, g.W,
+                                      g.Ho, g.Wo, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, pool, training,
+                                      after.relu);
+  compare("conv2d_tap_batch_norm " + dz::isa(), out, wanted, 2e-5);
+}
+
+void test_channel_conv2d_batch_norm(const Geometry& g, bool training, bool relu, int64_t pool, bool mean) {
+  const After after(g, training, relu, pool);
+  const int64_t T = g.kh * g.kw, pixels = (g.Ho / pool) * (g.Wo / pool);
+  const Floats delta = normals(g.P * g.N * g.H * g.W, 0.3f), weight = normals(g.O * g.C * T, 0.5f);
+  Indices channel;
+  Floats wanted(static_cast<size_t>(g.P * g.N * (mean ? 1 : pixels) * g.O));
+  for (int64_t p = 0; p < g.P; ++p) {
+    channel.push_back(draw(0, g.C - 1));
+    for (int64_t o = 0; o < g.O; ++o) {
+      Doubles d;
+      for (int64_t m = 0; m < after.M(); ++m) {
+        double sum = 0;
+        for (int64_t t = 0; t < T; ++t) {
+          const int64_t h = m / g.Wo % g.Ho * g.sh + t / g.kw * g.dh - g.ph;
+          const int64_t w = m % g.Wo * g.sw + t % g.kw * g.dw - g.pw, n = m / g.Wo / g.Ho;
+          if (h < 0 || h >= g.H || w < 0 || w >= g.W) continue;
+          sum +=
+              static_cast<double>(delta[((p * g.N + n) * g.H + h) * g.W + w]) * weight[(o * g.C + channel[p]) * T + t];
+        }
+        d.push_back(sum);
+      }
+      const Doubles out = after.changed(d, o);
+      for (int64_t q = 0; q < g.N * pixels; ++q) {
+        float& to = wanted[static_cast<size_t>(
+            (p * g.N * (mean ? 1 : pixels) + (mean ? q / pixels : q % (g.N * pixels))) * g.O + o)];
+        to += static_cast<float>(mean ? out[q] / static_cast<double>(pixels) : out[q]);
+      }
+    }
+  }
+  const auto run = [&](void* out, bool half) {
+    dz::kernels().channel_conv2d_batch_norm(delta.data(), channel.data(), weight.data(), after.zc.data(),
+                                            after.var.data(), after.gamma.data(), after.beta.data(), out, after.eps,
+                                            g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.C, g.O, g.kh, g.kw, g.sh, g.sw, g.ph,
+                                            g.pw, g.dh, g.dw, pool, training, after.relu, mean, half);
+  };
+  Floats out = poisoned(static_cast<int64_t>(wanted.size()));
+  run(out.data(), false);
+  compare("channel_conv2d_batch_norm " + dz::isa(), out, wanted, 5e-5);
+  Halves rounded(poisoned(static_cast<int64_t>(wanted.size())));
+  run(rounded.bits.data(), true);
+  compare("channel_conv2d_batch_norm, bfloat16, " + dz::isa(), rounded.floats(), Halves(out).floats(), 0);
+}
+
 void test_cross_entropy_difference(int64_t P, int64_t N, int64_t K, float scale) {
   const Floats logits = normals(N * K, 2), dlogits = normals(P * N * K, scale);
   Doubles log_probs, probs;
@@ -863,6 +978,15 @@ int main() {
       const Geometry g = any_geometry();
       test_conv2d_tap(g, round % 2 != 0);
       test_channel_conv2d(g, round % 2 != 0);
+      if (g.N * g.Ho * g.Wo < 8) continue;  // a variance of next to nothing makes much of a rounding
+      const int64_t pool = draw(1, lesser(3, lesser(g.Ho, g.Wo)));
+      test_conv2d_tap_batch_norm(g, round % 4 != 0, round % 3 != 0, pool);
+      if (g.groups == 1) test_channel_conv2d_batch_norm(g, round % 4 != 0, round % 3 != 0, pool, round % 5 == 0);
+    }
+    for (const int64_t side : {4, 8, 16, 26}) {  // rows that share a vector, fill it, and several blocks
+      const Geometry g = {2, 5, side, side, 18, 3, 1, 3, 3, 1, 1, 1, 1, 1, 1, side, side};
+      test_conv2d_tap_batch_norm(g, true, true, 2);
+      test_channel_conv2d_batch_norm(g, true, true, 2, side == 8);
     }
     for (int round = 0; round < 40; ++round) {
       test_channel_batch_norm(draw(0, 5), draw(2, 4), draw(1, 3), draw(1, 7), draw(2, 9), round % 3 == 0 ? 1e-3f : 1.0f,

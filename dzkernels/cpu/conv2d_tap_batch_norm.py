@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._load import native
+
+Size = tuple[int, int]
+
+
+def conv2d_tap_batch_norm(
+    x: Tensor, coord: Tensor, step: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, *, kernel: Size,
+    stride: Size, padding: Size, dilation: Size, groups: int, eps: float, training: bool, relu: bool, pool: int,
+) -> Tensor:  # fmt: skip
+    samples, outs, rows, columns = zc.shape
+    x, zc = x.transpose(0, 1).contiguous(), zc.transpose(0, 1).contiguous()  # no copy where they lie so
+    coord, step = coord.contiguous(), step.contiguous()
+    var, gamma, beta = var.contiguous(), gamma.contiguous(), beta.contiguous()
+    out = torch.empty(coord.shape[0], samples, rows // pool, columns // pool, dtype=torch.float32, device="cpu")
+    native().conv2d_tap_batch_norm(
+        x.data_ptr(), coord.data_ptr(), step.data_ptr(), zc.data_ptr(), var.data_ptr(), gamma.data_ptr(),
+        beta.data_ptr(), out.data_ptr(), eps, coord.shape[0], samples, *x.shape[2:], rows, columns, *stride, *padding,
+        *dilation, x.shape[0] // groups, outs // groups, pool, training, relu,
+    )  # fmt: skip
+    return out

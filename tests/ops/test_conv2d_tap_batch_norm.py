@@ -1,0 +1,183 @@
+"""conv2d_tap_batch_norm is conv2d_tap with the norm, activation and pooling after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dzkernels
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, small_ints, strided
+from ops.after import changed, norm_of, planes
+
+# N, H, W, O, Cin, kernel, stride, padding, dilation, groups
+SHAPES = [
+    pytest.param((3, 16, 16, 4, 2, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="rows of a register"),
+    pytest.param((5, 8, 8, 3, 2, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="rows that share a register"),
+    pytest.param((2, 5, 7, 2, 1, (3, 3), (1, 1), (0, 1), (1, 1), 1), id="odd rows"),
+    pytest.param((2, 30, 37, 3, 2, (3, 3), (1, 1), (2, 1), (1, 1), 1), id="several blocks"),
+    pytest.param((2, 17, 16, 4, 4, (3, 2), (3, 2), (1, 0), (1, 1), 2), id="stride 3, groups"),
+    pytest.param((3, 9, 8, 6, 6, (3, 3), (2, 1), (2, 3), (2, 3), 6), id="dilation, depthwise"),
+    pytest.param((9, 3, 2, 2, 3, (1, 1), (1, 1), (0, 0), (1, 1), 1), id="two columns"),
+]
+
+
+def inputs(shape: tuple[Any, ...], count: int = 5, scale: float = 0.1) -> dict[str, Any]:
+    samples, height, width, outs, channels, kernel, stride, padding, dilation, groups = shape
+    x = planes(normal(samples, channels, height, width, seed=1))
+    coord = torch.stack(
+        [torch.randint(0, n, (count,), generator=torch.Generator().manual_seed(k + n))
+         for k, n in enumerate((outs, channels // groups, *kernel))], 1
+    )  # fmt: skip
+    taps = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    args = {"x": x, "coord": coord, "step": normal(count, seed=2) * scale} | taps
+    size = dzkernels.conv2d_tap(**args, out_channels=outs).shape[2:]
+    return args | norm_of(samples, outs, *size)
+
+
+def by_rerun(args: dict[str, Any], training: bool, relu: bool, pool: int) -> tuple[Tensor, Tensor]:
+    names = ("x", "coord", "step", "kernel", "stride", "padding", "dilation", "groups")
+    with dzkernels.use_backend("reference"):  # one rounding, which the kernel does too
+        d = dzkernels.conv2d_tap(**{name: args[name] for name in names}, out_channels=args["zc"].shape[1]).double()
+    channel = args["coord"][:, 0]
+    wanted, bounds = [], []
+    for one, c in zip(d, channel.tolist(), strict=True):
+        norm = args | {name: args[name][c : c + 1] for name in ("var", "gamma", "beta")} | {"zc": args["zc"][:, [c]]}
+        values, bound = changed(
+            one[None, :, None], torch.zeros(1, *one[:, None].shape), norm, training=training, relu=relu, pool=pool
+        )
+        wanted.append(values[0, :, 0])
+        bounds.append(bound[0, :, 0])
+    return torch.stack(wanted), torch.stack(bounds)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("relu", "pool"), [(False, 1), (True, 1), (True, 2), (True, 3)])
+def test_is_a_float64_rerun(shape: tuple[Any, ...], pool: int, relu: bool, training: bool, runner: str) -> None:
+    args = inputs(shape)
+    pool = min(pool, *args["zc"].shape[2:])
+    wanted, bound = by_rerun(args, training, relu, pool)
+    with running(runner):
+        got = dzkernels.conv2d_tap_batch_norm(**args, training=training, relu=relu, pool=pool)
+    assert got.is_contiguous()
+    assert_bounded(got, wanted, bound)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("pool", [1, 2, 3])
+@pytest.mark.parametrize("width", [4, 5, 8, 16, 21])
+def test_small_integers_bit_for_bit(pool: int, width: int, runner: str) -> None:
+    """With running statistics and gamma / s = 2 nothing is rounded."""
+    x, zc = small_ints(2, 2, 6, width, seed=1), small_ints(2, 3, 6, width, seed=2)
+    coord, step = torch.tensor([[0, 0, 1, 1], [2, 1, 0, 2], [2, 0, 2, 0]]), torch.tensor([1.0, -2.0, 0.5])
+    beta = small_ints(3, seed=3)
+    y = 2 * zc + beta[:, None, None]
+    moved = torch.zeros(3, 2, 3, 6, width)
+    d = dzkernels.conv2d_tap(x, coord, step, kernel=3, padding=1, out_channels=3)
+    moved[torch.arange(3), :, coord[:, 0]] = 2 * d
+    after, before = (y + moved).clamp_min(0), y.clamp_min(0)
+    wanted = F.max_pool2d(after.flatten(0, 1), pool).unflatten(0, (3, 2)) - F.max_pool2d(before, pool)
+    var = torch.full((3,), 0.25, dtype=torch.float64)
+    with running(runner):
+        got = dzkernels.conv2d_tap_batch_norm(
+            x, coord, step, zc, var, None, beta, kernel=3, padding=1, eps=0.0, training=False, relu=True, pool=pool
+        )
+    assert_exact(got, wanted[torch.arange(3), :, coord[:, 0]].contiguous())
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_odd_memory(runner: str) -> None:
+    args = inputs(SHAPES[0].values[0])
+    with running(runner):
+        wanted = dzkernels.conv2d_tap_batch_norm(**args, relu=True, pool=2)
+        for layout in (strided, lambda t: t.contiguous()):
+            moved = {name: layout(v) if isinstance(v, Tensor) else v for name, v in args.items()}
+            assert_exact(dzkernels.conv2d_tap_batch_norm(**moved, relu=True, pool=2), wanted)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("left", [2.0**-6, 2.0**-12])
+def test_a_vanishing_variance(runner: str, left: float) -> None:
+    """The weight of the only tap all but cancels the input: var + dvar cancels, the new variance must not."""
+    zc = norm_of(3, 1, 8, 8)["zc"]
+    args = {
+        "x": zc, "coord": torch.zeros(1, 4, dtype=torch.int64), "step": torch.tensor([left - 1]), "kernel": 1,
+        "zc": zc, "var": zc.double().var((0, 2, 3), correction=0), "eps": 1e-5,
+    }  # fmt: skip
+    before, after = ((args["var"] * k * k + 1e-5).sqrt() for k in (1.0, left))
+    z = zc.double().transpose(0, 1)
+    wanted = z * left / after - z / before
+    with running(runner):
+        got = dzkernels.conv2d_tap_batch_norm(**args)
+    # roundings of d / s' and z dvar / (s s' (s + s')), each at most |z| / s', and of the sum that gives d's mean
+    bound = UNIT[torch.float32] * (16 * z.abs() + 140 * z.abs().mean()) / after
+    assert_bounded(got, wanted, bound + 2 * z.mean().abs() / after)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pool", [1, 2, 3])
+def test_nan_does_not_hide(runner: str, pool: int, training: bool) -> None:
+    args = inputs(SHAPES[0].values[0], 3) | {
+        "kernel": 1,
+        "padding": 0,
+        "coord": torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0]]),
+    }
+    args["step"] = args["step"][:2]
+    args["x"][0, 1, 3, 3] = float("nan")
+    with running(runner):
+        hidden = dzkernels.conv2d_tap_batch_norm(**args, relu=True, pool=pool, training=training).isnan()
+    assert hidden[0].all() if training else int(hidden[0].sum()) == 1
+    assert not hidden[1].any()
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_no_perturbation_and_no_affine(runner: str) -> None:
+    args = inputs(SHAPES[1].values[0])
+    with running(runner):
+        none = {"coord": args["coord"][:0], "step": args["step"][:0]}
+        assert dzkernels.conv2d_tap_batch_norm(**{**args, **none}, relu=True, pool=2).shape == (0, 5, 4, 4)
+        plain = dzkernels.conv2d_tap_batch_norm(**{**args, "gamma": torch.ones(3), "beta": torch.zeros(3)}, relu=True)
+        assert_exact(dzkernels.conv2d_tap_batch_norm(**{**args, "gamma": None, "beta": None}, relu=True), plain)
+
+
+@pytest.mark.parametrize("runner", [runner for runner in RUNNERS if runner != "reference"])
+def test_threads_do_not_matter(runner: str) -> None:
+    args = inputs(SHAPES[3].values[0])
+    with running(runner):
+        wanted = dzkernels.conv2d_tap_batch_norm(**args, relu=True, pool=2)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert_exact(dzkernels.conv2d_tap_batch_norm(**args, relu=True, pool=2), wanted)
+
+
+GOOD = inputs(SHAPES[1].values[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": 1.0}, TypeError, r"dz::conv2d_tap_batch_norm: x must be a tensor, got float"),
+        ({"coord": torch.tensor([[3, 0, 0, 0]] * 5)}, ValueError, r"coord must be inside the weight \[3, 2, 3, 3\]"),
+        ({"zc": GOOD["zc"].double()}, TypeError, r"zc must be float32, got float64"),
+        ({"zc": 1.0}, TypeError, r"zc must be a tensor, got float"),
+        ({"zc": GOOD["zc"][:, :, :7]}, ValueError, r"zc must be of shape \[N, O, Ho, Wo\] = \[5, 3, 8, 8\], got \[5,"),
+        ({"zc": GOOD["zc"].to("meta")}, ValueError, r"zc must be on cpu like x, got meta"),
+        ({"var": GOOD["var"].float()}, TypeError, r"var must be float64, got float32"),
+        ({"var": GOOD["var"][:2]}, ValueError, r"var must be of shape \[O\] = \[3\], got \[2\]"),
+        ({"gamma": GOOD["gamma"].half()}, TypeError, r"gamma must be float32 or float64, got float16"),
+        ({"beta": GOOD["beta"][:2]}, ValueError, r"beta must be of shape \[O\] = \[3\], got \[2\]"),
+        ({"pool": 2}, ValueError, r"relu must be True with pool=2, got False"),
+        ({"pool": 9, "relu": True}, ValueError, r"pool must be an integer in 1..8 \(height and width\), got 9"),
+        ({"eps": float("nan")}, ValueError, r"eps must be at least 0, got nan"),
+        ({"groups": 2}, ValueError, r"out_channels must be a positive multiple of groups = 2, got 3"),
+    ],
+)  # fmt: skip
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dzkernels.conv2d_tap_batch_norm(**{**GOOD, **change})
