@@ -139,8 +139,8 @@ def fuses_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
     return chosen in _FUSING
 
 
-def fuses_linear(op: str, device: torch.device) -> bool:
-    """Whether plans should ask for `op`, which takes over linear layers: on other devices than CPUs the generic rules
+def fuses(op: str, device: torch.device) -> bool:
+    """Whether plans should ask for `op`, which takes over several layers: on other devices than CPUs the generic rules
     are faster than the reference."""
     forced = _asked_for()
     names = (forced,) if forced else ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton")

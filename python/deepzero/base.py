@@ -107,11 +107,13 @@ class Layouts:
 
     @property
     def images(self) -> Tensor:
-        return self._get("images", lambda v: v.contiguous(memory_format=torch.channels_last))
+        return self._get("images", lambda v: v.to(self._dtype, memory_format=torch.channels_last))
 
     @property
     def planes(self) -> Tensor:
-        return self._get("planes", lambda v: v.transpose(0, 1).contiguous().transpose(0, 1))
+        return self._get(
+            "planes", lambda v: v.transpose(0, 1).to(self._dtype, memory_format=torch.contiguous_format).transpose(0, 1)
+        )
 
     @property
     def made(self) -> dict[str, Tensor]:
@@ -124,7 +126,7 @@ class Layouts:
 
     def _get(self, name: str, lay: Callable[[Tensor], Tensor]) -> Tensor:
         if name not in self._made:
-            self._made[name] = lay(self._value.to(self._dtype))
+            self._made[name] = lay(self._value)
         return self._made[name]
 
 

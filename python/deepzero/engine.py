@@ -18,15 +18,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from dzkernels import backends
-
 from .base import Base, interpret
 from .capture import Bound, Cache, Graph
 from .carriers import Carrier, OneEntry
 from .errors import CaptureError, DeviceError, ObjectiveError, StepError
 from .estimators.base import Mask, Objective
 from .estimators.checks import check_loss, selected
-from .fusion import Step, schedule
+from .fusion import Pattern, Step, around_convolutions, schedule
 from .plan import Route, budget, in_pieces, reach, route
 from .replay import Device, Replayer, device_for
 from .run import run_block
@@ -222,7 +220,7 @@ class Engine:
         if name not in known:
             shape = self.model.get_parameter(name).shape
             known[name] = route(
-                graph, name, shape, self.block, self.operands.itemsize, self._device, fused=self._fuses_convolutions()
+                graph, name, shape, self.block, self.operands.itemsize, self._device, first=self._first()
             )
         return known[name]
 
@@ -232,12 +230,12 @@ class Engine:
         key = tuple(names)
         if key not in known:
             known.clear()  # masks may name other parameters at every step: keep the last one only
-            known[key] = schedule(reach(graph, names), graph.loss, convolutions=self._fuses_convolutions())
+            known[key] = schedule(reach(graph, names), graph.loss, first=self._first())
         return known[key]
 
-    def _fuses_convolutions(self) -> bool:
+    def _first(self) -> Sequence[Pattern]:
         where = torch.device("cpu") if self._device is None else self._device.where
-        return backends.fuses_convolutions(where, self.dtype)
+        return around_convolutions(where, self.dtype)
 
     # --- queries
 

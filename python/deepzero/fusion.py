@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 import dzkernels
 from dzkernels import backends
+from dzkernels._norm import window_gap
 
 from .base import Layouts
 from .carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, select
@@ -51,11 +52,11 @@ class Step:
     parts: tuple[Step, ...] = ()
 
 
-def schedule(suffix: Sequence[fx.Node], loss: fx.Node, *, convolutions: bool = False) -> tuple[Step, ...]:
+def schedule(suffix: Sequence[fx.Node], loss: fx.Node, *, first: Sequence[Pattern] = ()) -> tuple[Step, ...]:
     """The suffix as steps: fused where a pattern matches, otherwise node by node.
 
-    ``convolutions``: they take over the norms around them (:data:`CONVOLUTIONS`), where
-    :func:`dzkernels.backends.fuses_convolutions` says so.
+    ``first``: patterns that are tried before the others, which then make shorter stretches of the same nodes; see
+    :func:`around_convolutions`.
     """
     inside = set(suffix)
     taken: set[fx.Node] = set()
@@ -64,14 +65,14 @@ def schedule(suffix: Sequence[fx.Node], loss: fx.Node, *, convolutions: bool = F
     for node in suffix:
         if node in taken:
             continue
-        for match in (*(CONVOLUTIONS if convolutions else ()), *PATTERNS):
+        for match in (*first, *PATTERNS):
             found = match(node, inside)
             if found is None or node not in found[0] or not _closed(found[0]):
                 continue
             if not any(part in taken or part in groups for part in found[0]):
                 taken.update(found[0])
                 groups[found[0][-1]] = found
-                if match in CONVOLUTIONS:
+                if match in first:
                     parts[found[0][-1]] = tuple(replace(step, frees=()) for step in schedule(found[0], loss))
                 break
         else:
@@ -305,13 +306,7 @@ def _saves(
         v = run.exact(var).double()
         zc = z - run.exact(mean).reshape(1, -1, 1, 1)
     y = run.exact(parts.before_relu)
-    gap = None
-    if parts.pool > 1:
-        a, k = y.clamp(min=0), parts.pool
-        wide = torch.nn.functional.max_pool2d(a, k).repeat_interleave(k, 2).repeat_interleave(k, 3)
-        inside = (..., slice(wide.shape[2]), slice(wide.shape[3]))
-        gap = torch.zeros_like(a)
-        gap[inside] = a[inside] - wide
+    gap = window_gap(y, run.exact(parts.out), parts.pool) if parts.pool > 1 else None
     relu = parts.relu is not None
     return (
         Layouts(zc, run.dtype),
@@ -403,6 +398,75 @@ def _run_convolution(run: Block, parts: _Convolution) -> Carrier | None:
     if left is not None:
         run.moments[conv] = left
     return Dense(out)
+
+
+# --- convolution + batch norm (+ ReLU) (+ max pool), for one weight or one input channel that moves
+
+
+def _convolution_and_norm(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
+    if node.target is not aten.convolution.default or node.meta["val"].dim() != 4 or Geometry(node).transposed:
+        return None
+    user = _only_user(node, inside)
+    found = None if user is None or user.args[0] is not node else _norm_parts(user, inside)
+    if found is None or found[1].residual is not None:
+        return None
+    nodes, parts = (node, *found[0]), found[1]
+    mean = _mean_of_images(_only_user(parts.out, inside))
+    name = f"conv2d+{_norm_name(parts)}{'' if mean is None else '+mean'}"
+    return (*nodes, *([] if mean is None else [mean])), name, lambda run: _run_conv_norm(run, node, parts, mean)
+
+
+_WHOLE = 1 << 11
+"""Most pixels of an image whose mean the kernel takes: it holds all of them in cache."""
+
+
+def _mean_of_images(node: fx.Node | None) -> fx.Node | None:
+    """The node, if it is the mean of each channel of each small image and nothing else."""
+    if node is None or node.target is not aten.mean.dim or node.kwargs:
+        return None
+    value: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
+    whole = {dim % 4 for dim in node.args[1]} == {2, 3}  # type: ignore[union-attr, operator]
+    return node if whole and value[0, 0].numel() <= _WHOLE else None
+
+
+def _run_conv_norm(run: Block, conv: fx.Node, parts: _Norm, mean: fx.Node | None) -> Carrier | None:
+    dx, dw = run.raw(conv.args[0]), run.raw(conv.args[1])
+    gamma, beta = parts.norm.args[1:3]
+    if run.dtype is not torch.float32 or any(run.raw(n) is not Zero for n in (conv.args[2], *parts.norm.args[1:5])):
+        return None
+    geometry, (training, eps, _, _) = Geometry(conv), _statistics(parts.norm)
+    one_weight = dx is Zero and isinstance(dw, OneEntry)
+    one_channel = dw is Zero and isinstance(dx, OneChannel) and dx.dim == 1 and geometry.groups == 1
+    if not (one_weight or one_channel):
+        return None
+    zc, var, _, _ = _saved(run, parts)
+    norm: dict[str, Any] = {
+        "zc": zc.planes,
+        "var": var,
+        "gamma": None if gamma is None else run.exact(gamma),
+        "beta": None if beta is None else run.exact(beta),
+        "eps": eps,
+        "training": training,
+        "relu": parts.relu is not None,
+        "pool": parts.pool,
+    }
+    shape = tuple(run.exact(parts.out if mean is None else mean).shape)
+    if one_weight:
+        out = dzkernels.conv2d_tap_batch_norm(
+            run.planes(conv.args[0]),  # type: ignore[arg-type]
+            dw.index,
+            dw.step,
+            kernel=dw.shape[2:],
+            **geometry.spacing,
+            **norm,
+        )
+        out = out if mean is None else out.mean((2, 3), keepdim=True)
+        return OneChannel(shape, 1, dw.index[:, 0], out.reshape(run.count, shape[0], *shape[2:]))
+    spacing = {name: value for name, value in geometry.spacing.items() if name != "groups"}
+    out = dzkernels.channel_conv2d_batch_norm(
+        dx.values, dx.channel, run.low(conv.args[1]), **spacing, **norm, mean=mean is not None, out_dtype=run.operands
+    )
+    return Dense(out if mean is None else out.reshape(run.count, *shape))
 
 
 # --- linear + cross-entropy of labels, for a difference in one feature
@@ -517,7 +581,7 @@ def _fits(run: Block, op: str, norm: fx.Node | None, *layers: fx.Node) -> bool:
     d = run.raw((norm or layers[0]).args[0])
     if d is Zero or any(run.raw(n) is not Zero for n in still) or run.dtype is not torch.float32:
         return False
-    return backends.fuses_linear(op, run.exact(layers[0]).device) and (norm is not None or isinstance(d, Dense))
+    return backends.fuses(op, run.exact(layers[0]).device) and (norm is not None or isinstance(d, Dense))
 
 
 def _rows(run: Block, carrier: Carrier) -> Tensor:
@@ -627,7 +691,7 @@ def _attention_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.No
     packed = sum(2 * source.features.numel() for source in sources[1:]) * project.meta["val"].shape[1]
     if _weights(*layers, project) > _CACHED or packed > _CACHED:
         return None
-    if not backends.fuses_linear("self_attention_difference", project.meta["val"].device):
+    if not backends.fuses("self_attention_difference", project.meta["val"].device):
         return None  # no kernel there: its linear layers are taken by their own
     views = dict.fromkeys(view for source in sources for view in source.views)
     more, residual = _sum_after(project, inside)
@@ -722,5 +786,15 @@ PATTERNS: list[Pattern] = [
 ]
 """Tried in order at every node of a suffix."""
 
-CONVOLUTIONS: list[Pattern] = [_norm_and_convolution, _convolution_and_moments]
-"""Tried before them where the backend fuses convolutions."""
+NORMS_AROUND: list[Pattern] = [_norm_and_convolution, _convolution_and_moments]
+"""For dense differences: convolutions take over norms."""
+
+NORM_AFTER: list[Pattern] = [_convolution_and_norm]
+"""For what one weight or one channel moves, which needs no convolution of all channels."""
+
+
+def around_convolutions(device: torch.device, dtype: torch.dtype) -> Sequence[Pattern]:
+    """The patterns of convolutions and norms that kernels on this device are good for."""
+    if backends.fuses_convolutions(device, dtype):
+        return NORMS_AROUND
+    return NORM_AFTER if backends.fuses("channel_conv2d_batch_norm", device) else ()

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from .capture import Graph
 from .errors import DeviceError
-from .fusion import Step, schedule
+from .fusion import Pattern, Step, schedule
 from .run import has_rule
 
 if TYPE_CHECKING:
@@ -164,16 +164,16 @@ def route(
     width: int,
     device: Device | None,
     *,
-    fused: bool = False,
+    first: Sequence[Pattern] = (),
 ) -> Route:
     """The route of one parameter; ``block`` overrides the size that memory suggests at ``width`` bytes a value.
 
-    ``fused``: convolutions take over the norms around them.
+    ``first``: patterns as of :func:`deepzero.fusion.schedule`.
 
     Off the CPU that is a power of two, which does not follow every little change of the free memory.
     """
     suffix = reach(graph, [name])
-    steps = schedule(suffix, graph.loss, convolutions=fused)
+    steps = schedule(suffix, graph.loss, first=first)
     need = peak_bytes(steps, graph.placeholders(name), dense=False, width=width)
     fits = max(1, min(budget(device) // need, MOST))
     if device is not None:

@@ -128,7 +128,13 @@ def test_the_plan_names_the_kernel_of_each_stretch_and_its_share() -> None:
     )
     plan = CGE(net, lambda m, b: (m(b) - 1).pow(3).sum()).plan(torch.randn(4, 1, 8, 8))
     fused = {name for name in plan.kernels if not name.startswith("rule ")}
-    assert fused == {"batch_norm+relu+pool (OneChannel)", "batch_norm (Dense)", "batch_norm (OneChannel)"}
+    assert fused == {
+        "conv2d+batch_norm+relu+pool (OneChannel)",
+        "conv2d+batch_norm (Dense)",
+        "conv2d+batch_norm (OneChannel)",
+        "batch_norm+relu+pool (OneChannel)",  # of its own weight and bias
+        "batch_norm (OneChannel)",
+    }
     assert any(name.startswith("rule convolution") for name in plan.kernels)
     assert 0 < sum(plan.kernels.values()) <= plan.seconds * (1 + 1e-9)
     assert "batch_norm+relu+pool (OneChannel)" in str(plan)
@@ -151,7 +157,7 @@ def test_where_attention_has_no_kernel_the_linear_layers_around_it_are_taken(mon
     from deepzero.estimators import CGE
     from dzkernels import backends
 
-    monkeypatch.setattr(backends, "fuses_linear", lambda op, device: op != "self_attention_difference")
+    monkeypatch.setattr(backends, "fuses", lambda op, device: op != "self_attention_difference")
     net = vit(image_size=4, patch=2, blocks=2, width=4, heads=2)
     engine = CGE(net, lambda m, b: m(b).square().sum()).engine
     with engine.prepared(torch.randn(2, 3, 4, 4)) as ready:

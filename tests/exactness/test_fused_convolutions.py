@@ -136,10 +136,70 @@ def test_what_is_fused(id: str, fused: None) -> None:
         judge(grads, reference).check(tolerance(precision, 5e-3))
 
 
-def test_on_a_cpu_nothing_changes() -> None:
+def test_on_a_cpu_convolutions_take_the_norm_after_them() -> None:
     model, data = dz.models.resnet20().train(), images(2, 3, 8)
-    assert not any("conv2d" in name for name in kernels(model, data))
-    assert not any(step.parts for step in _steps(model, data))
+    found = kernels(model, data)
+    assert found.count("conv2d+batch_norm+relu") == 10  # the first one, and the first of every residual block
+    assert found.count("batch_norm+residual+relu") == 9
+    assert len(found) == 19
+    assert sum(bool(step.parts) for step in _steps(model, data)) == 10
+
+
+NORM = "conv2d+batch_norm"
+RELU, MEAN, POOL = f"{NORM}+relu", f"{NORM}+relu+mean", f"{NORM}+relu+pool"
+ON_A_CPU: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "chain": (lambda: chain().train(), [RELU, RELU, MEAN]),
+    "running statistics": (lambda: chain().eval(), [RELU, RELU, MEAN]),
+    "groups": (lambda: chain(groups=2).train(), [RELU, RELU, MEAN]),
+    "stride and dilation": (lambda: chain(stride=2, padding=2, dilation=2).train(), [RELU, RELU, MEAN]),
+    "pools": (lambda: dz.models.paper_cnn(depth=2, width=4), [POOL, f"{POOL}+mean"]),
+    "no activation": (lambda: nn.Sequential(*chain()[:2], *chain()[3:]).train(), [NORM, RELU, MEAN]),
+    "no weight in the norm": (
+        lambda: nn.Sequential(chain()[0], nn.BatchNorm2d(4, affine=False), *chain()[2:]),
+        [RELU, RELU, MEAN],
+    ),
+    "the mean keeps the images": (
+        lambda: nn.Sequential(*chain()[:9], nn.AdaptiveAvgPool2d((None, 1)), nn.Flatten(), nn.LazyLinear(10)),
+        [RELU, RELU, RELU],
+    ),
+    "the sum is no norm's": (lambda: Residual().train(), ["batch_norm+relu", "batch_norm+residual+relu"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("id", ON_A_CPU)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_on_a_cpu(id: str, precision: str) -> None:
+    build, wanted = ON_A_CPU[id]
+    model, data = build(), images(3, 3, 8)
+    model(data[0])
+    assert kernels(model, data) == wanted
+    mask = sampled(model, cross_entropy, data, 1)
+    reference = plain_quotients(model, cross_entropy, data, mask, 5e-3)
+    grads = WideCGE(model, cross_entropy, precision=precision, strict=True).estimate(data, mask).grads
+    judge(grads, reference).check(tolerance(precision, 5e-3))
+
+
+def test_on_a_cpu_a_wrong_norm_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two kernels is what the quotients come from."""
+    model, data = chain().train(), images(3, 3, 8)
+    mask = sampled(model, cross_entropy, data, 1)
+    wanted = plain_quotients(model, cross_entropy, data, mask, 5e-3)
+    for name in ("conv2d_tap_batch_norm", "channel_conv2d_batch_norm"):
+        right = getattr(dzkernels, name)
+        with monkeypatch.context() as patch, pytest.raises(AssertionError):
+            patch.setattr(dzkernels, name, lambda *a, right=right, **k: right(*a, **{**k, "var": k["var"] * 1.001}))
+            judge(dz.CGE(model, cross_entropy).estimate(data, mask).grads, wanted).check(tolerance("float32", 5e-3))
+
+
+def test_on_a_cpu_where_everything_moves_the_parts_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = chain().train(), images(3, 3, 8)
+    options: dict[str, Any] = {"queries": 3, "seed": 0}
+    got = dz.RGE(model, cross_entropy, **options).estimate(data).grads
+    assert any(step.parts for step in _steps(model, data))
+    monkeypatch.setattr(fusion, "NORM_AFTER", [])
+    wanted = dz.RGE(model, cross_entropy, **options).estimate(data).grads
+    for name in wanted:
+        assert_exact(got[name], wanted[name])
 
 
 def _steps(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[fusion.Step, ...]:

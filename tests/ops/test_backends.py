@@ -180,7 +180,7 @@ def test_which_plans_ask_for_fused_linear_layers(monkeypatch: pytest.MonkeyPatch
     """Not those of a device on which the reference would run."""
 
     def asks(kind: str, op: str = "linear_difference") -> bool:
-        return backends.fuses_linear(op, torch.device(kind))
+        return backends.fuses(op, torch.device(kind))
 
     monkeypatch.setitem(backends._REFUSALS, "cuda", lambda device, dtype: "no driver")
     monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: None)
