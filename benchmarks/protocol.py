@@ -44,35 +44,29 @@ _MNIST = ("data.name=mnist5000", "data.batch_size=128")
 _MLP = ("model.name=mlp", "model.options={hidden=[10]}")
 _RESNET = ("model.name=resnet20", "model.options={}", "data.batch_size=32", "epochs=2", "schedule.warmup_epochs=1")
 
+_ALL = (
+    "DeepZero",
+    "DeepZero, published score",
+    "layer-wise, every step",
+    "uniform, every step",
+    "fixed",
+    "always on",
+    "cost-aware",
+    studies.STALE,
+)
+
 JOBS: dict[str, Job] = {
     "digits": Job(
-        protocol(
-            [
-                "DeepZero",
-                "DeepZero, published score",
-                "layer-wise, every step",
-                "uniform, every step",
-                "fixed",
-                "always on",
-                "cost-aware",
-                studies.STALE,
-            ]
-        ),
+        protocol(_ALL),
         "digits (1,438 training and 359 test images, 8x8), the paper's CNN of depth 3 (6,346 weights), batches of 64, "
         "15 epochs",
         ("epochs=15",),
     ),
     "mnist": Job(
-        protocol(["DeepZero", "uniform, every step"]),
+        protocol(_ALL),
         "MNIST-5000 (4,000 training and 1,000 test images, 28x28), the paper's CNN of depth 3 (6,346 weights), batches "
         "of 128, 6 epochs",
         (*_MNIST, "epochs=6"),
-    ),
-    "mnist-policies": Job(
-        protocol(["DeepZero, published score", "fixed", studies.STALE]),
-        "the same with one seed",
-        (*_MNIST, "epochs=6"),
-        seeds=1,
     ),
     "resnet20": Job(
         protocol(["uniform, every step"]),
