@@ -42,7 +42,7 @@ class Job:
 
 _MNIST = ("data.name=mnist5000", "data.batch_size=128")
 _MLP = ("model.name=mlp", "model.options={hidden=[10]}")
-_RESNET = ("model.name=resnet20", "model.options={}", "data.batch_size=32", "epochs=2", "schedule.warmup_epochs=1")
+_RESNET = ("model.name=resnet20", "model.options={}", "data.batch_size=32", "epochs=6")
 
 _ALL = (
     "DeepZero",
@@ -70,7 +70,7 @@ JOBS: dict[str, Job] = {
     ),
     "resnet20": Job(
         protocol(["uniform, every step"]),
-        "digits, ResNet-20 (269,434 weights), batches of 32, 2 epochs of which one is warm-up",
+        "digits, ResNet-20 (269,434 weights), batches of 32, 6 epochs",
         _RESNET,
     ),
     "mu": Job(STUDIES["mu"], "digits, the paper's CNN of depth 2 and width 8 (786 weights), 90 % sparsity, 15 epochs"),
