@@ -70,9 +70,9 @@ DZ_INLINE float sum_of(Vec v) {
   return v[0];
 }
 
-// As `moments` for a block of at most kBlock pixels, whose sums may stay in float32: no sum has more than 64 terms in a
-// row.
+// As `moments`, for a block whose sums may stay in float32: at most eight terms in a row, then a tree.
 Moments block_moments(const float* d, const float* zc, float shift, int64_t size) {
+  if (size > kBlock) return moments(d, zc, shift, size);  // a long row
   Vec a[kSums] = {}, b[kSums] = {}, c[kSums] = {};
   const auto add = [&](int64_t k, Vec e, Vec z) {
     a[k] += e;
@@ -154,7 +154,9 @@ void run(const float* delta, const int64_t* channel, const float* weight, const 
   const int64_t image = window.Ho / pool * pool * Wo, columns = Wo / pool, pooled = window.Ho / pool * columns;
   const Strips blocks(N, window.Ho, Wo, 1, kBlock);
   const Strips strips(N, window.Ho, Wo, pool, mean ? greater(1, kBlock / image) * image : kBlock);
-  const int64_t held = ceil_div(greater(blocks.widest, strips.widest), kWidest * kLanes) * kWidest * kLanes;
+  // Means are taken from whole registers, of which the last one may begin anywhere.
+  const int64_t widest = greater(blocks.widest, strips.widest) + (mean ? kLanes : 0);
+  const int64_t held = ceil_div(widest, kWidest * kLanes) * kWidest * kLanes;
   const int64_t rows = lesser(window.Ho, held / Wo);  // of one image in a block, at most
   const bool by_column = Taken::by_column(window);
   const int64_t size = (by_column ? window.rows_read(rows, kh) : rows) * Wo, whole = (by_column ? kw : T) * size;

@@ -1,4 +1,4 @@
-// What the two batch norm kernels share.
+// What the batch norm kernels share.
 #pragma once
 
 #include "common.h"

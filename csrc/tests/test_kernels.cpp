@@ -988,6 +988,10 @@ int main() {
       test_conv2d_tap_batch_norm(g, true, true, 2);
       test_channel_conv2d_batch_norm(g, true, true, 2, side == 8);
     }
+    for (const int64_t N : {3, 8}) {  // images that end inside a register, the last one where a row of scratch does
+      const int64_t H = N == 3 ? 5 : 4, W = N == 3 ? 5 : 6;
+      test_channel_conv2d_batch_norm({2, N, H, W, 16, 2, 1, 1, 1, 1, 1, 0, 0, 1, 1, H, W}, true, true, 1, true);
+    }
     for (int round = 0; round < 40; ++round) {
       test_channel_batch_norm(draw(0, 5), draw(2, 4), draw(1, 3), draw(1, 7), draw(2, 9), round % 3 == 0 ? 1e-3f : 1.0f,
                               round % 2 != 0, round % 4 < 2);

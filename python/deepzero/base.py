@@ -111,9 +111,11 @@ class Layouts:
 
     @property
     def planes(self) -> Tensor:
-        return self._get(
-            "planes", lambda v: v.transpose(0, 1).to(self._dtype, memory_format=torch.contiguous_format).transpose(0, 1)
-        )
+        def lay(value: Tensor) -> Tensor:
+            first = value.transpose(0, 1).to(self._dtype, memory_format=torch.contiguous_format)
+            return first.contiguous().transpose(0, 1)  # where no conversion was one, nothing has been copied yet
+
+        return self._get("planes", lay)
 
     @property
     def made(self) -> dict[str, Tensor]:
