@@ -43,6 +43,7 @@ class Step:
     apply   runs it
     frees   values that nothing reads after this step
     parts   the same nodes in shorter stretches, for when the kernel does not fit; without any, the generic rules run
+    narrow  the kernel takes what one entry or one channel moves, and nothing more
     """
 
     nodes: tuple[fx.Node, ...]
@@ -50,6 +51,7 @@ class Step:
     apply: Apply | None
     frees: tuple[fx.Node, ...]
     parts: tuple[Step, ...] = ()
+    narrow: bool = False
 
 
 def schedule(suffix: Sequence[fx.Node], loss: fx.Node, *, first: Sequence[Pattern] = ()) -> tuple[Step, ...]:
@@ -62,6 +64,7 @@ def schedule(suffix: Sequence[fx.Node], loss: fx.Node, *, first: Sequence[Patter
     taken: set[fx.Node] = set()
     groups: dict[fx.Node, tuple[tuple[fx.Node, ...], str, Apply | None]] = {}
     parts: dict[fx.Node, tuple[Step, ...]] = {}
+    narrow: set[fx.Node] = set()
     for node in suffix:
         if node in taken:
             continue
@@ -73,7 +76,11 @@ def schedule(suffix: Sequence[fx.Node], loss: fx.Node, *, first: Sequence[Patter
                 taken.update(found[0])
                 groups[found[0][-1]] = found
                 if match in first:
-                    parts[found[0][-1]] = tuple(replace(step, frees=()) for step in schedule(found[0], loss))
+                    shorter = schedule(found[0], loss)
+                    own = tuple(replace(s, frees=tuple(n for n in s.frees if n in found[0])) for s in shorter)
+                    parts[found[0][-1]] = own
+                    if match in NORM_AFTER:
+                        narrow.add(found[0][-1])
                 break
         else:
             groups[node] = ((node,), "", None)
@@ -85,7 +92,12 @@ def schedule(suffix: Sequence[fx.Node], loss: fx.Node, *, first: Sequence[Patter
                 last[source] = i
     return tuple(
         Step(
-            nodes, name, apply, tuple(s for s, k in last.items() if k == i and s is not loss), parts.get(nodes[-1], ())
+            nodes,
+            name,
+            apply,
+            tuple(s for s, k in last.items() if k == i and s is not loss),
+            parts.get(nodes[-1], ()),
+            nodes[-1] in narrow,
         )
         for i, (nodes, name, apply) in enumerate(ordered)
     )
@@ -411,22 +423,22 @@ def _convolution_and_norm(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx
     if found is None or found[1].residual is not None:
         return None
     nodes, parts = (node, *found[0]), found[1]
-    mean = _mean_of_images(_only_user(parts.out, inside))
+    mean = _mean_of_images(_only_user(parts.out, inside), node)
     name = f"conv2d+{_norm_name(parts)}{'' if mean is None else '+mean'}"
     return (*nodes, *([] if mean is None else [mean])), name, lambda run: _run_conv_norm(run, node, parts, mean)
 
 
 _WHOLE = 1 << 11
-"""Most pixels of an image whose mean the kernel takes: it holds all of them in cache."""
+"""Most pixels of a convolution's images whose mean the kernel takes: it holds all of them in cache."""
 
 
-def _mean_of_images(node: fx.Node | None) -> fx.Node | None:
+def _mean_of_images(node: fx.Node | None, conv: fx.Node) -> fx.Node | None:
     """The node, if it is the mean of each channel of each small image and nothing else."""
     if node is None or node.target is not aten.mean.dim or node.kwargs:
         return None
-    value: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
-    whole = {dim % 4 for dim in node.args[1]} == {2, 3}  # type: ignore[union-attr, operator]
-    return node if whole and value[0, 0].numel() <= _WHOLE else None
+    dims: Any = node.args[1] or ()
+    small = conv.meta["val"].shape[2:].numel() <= _WHOLE
+    return node if small and {dim % 4 for dim in dims} == {2, 3} else None
 
 
 def _run_conv_norm(run: Block, conv: fx.Node, parts: _Norm, mean: fx.Node | None) -> Carrier | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -133,7 +133,7 @@ def peak_bytes(steps: Sequence[Step], starts: Sequence[fx.Node], *, dense: bool,
     held: dict[fx.Node, float] = {}
     owners: dict[fx.Node, fx.Node] = {}  # live value -> the one in whose memory it lies
     alive, peak = 0.0, 0.0
-    for step in steps:
+    for step in _as_run(steps, shares):
         for node in step.nodes:
             if any(n in shares for n in node.all_input_nodes):
                 shares[node] = _share(node, shares, entries)
@@ -149,6 +149,13 @@ def peak_bytes(steps: Sequence[Step], starts: Sequence[fx.Node], *, dense: bool,
             if owner is not None and owner not in owners.values():
                 alive -= held.pop(owner)
     return max(int(peak), 4)
+
+
+def _as_run(steps: Sequence[Step], shares: Mapping[fx.Node, float]) -> Iterator[Step]:
+    """The steps, with the parts of those whose kernel is narrow and whose first node is reached by a whole value."""
+    for step in steps:
+        whole = any(shares.get(n, 0.0) >= 1.0 for n in step.nodes[0].all_input_nodes)
+        yield from step.parts if step.narrow and whole else (step,)
 
 
 def budget(device: Device | None) -> int:

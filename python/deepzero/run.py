@@ -165,6 +165,11 @@ def run_block(
     block.differences.update(seeds)
     loss = base.graph.loss
 
+    def free(step: Step) -> None:
+        for source in step.frees:
+            block.differences.pop(source, None)
+            block.moments.pop(source, None)
+
     def run(step: Step) -> None:
         carrier = step.apply(block) if step.apply is not None else None
         fused = carrier is not None
@@ -173,6 +178,7 @@ def run_block(
         elif step.parts:
             for part in step.parts:
                 run(part)
+                free(part)
             return
         else:
             for node in step.nodes:
@@ -186,9 +192,7 @@ def run_block(
         with torch.no_grad(), no_autocast():
             for step in steps:
                 run(step)
-                for source in step.frees:
-                    block.differences.pop(source, None)
-                    block.moments.pop(source, None)
+                free(step)
         final = block.d(loss)
     finally:
         block.moments.clear()

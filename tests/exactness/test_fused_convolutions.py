@@ -179,6 +179,32 @@ def test_on_a_cpu(id: str, precision: str) -> None:
     judge(grads, reference).check(tolerance(precision, 5e-3))
 
 
+def test_on_a_cpu_the_mean_of_everything_is_not_that_of_images() -> None:
+    model, data = chain()[:6].train(), images(3, 3, 8)
+
+    def whole(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return m(batch[0]).mean(dim=None)
+
+    mask = sampled(model, whole, data, 1)
+    reference = plain_quotients(model, whole, data, mask, 5e-3)
+    judge(WideCGE(model, whole, strict=True).estimate(data, mask).grads, reference).check(tolerance("float32", 5e-3))
+
+
+def test_memory_is_planned_for_what_runs() -> None:
+    """The third convolution is reached by a whole value: its parts run, and what they hold counts."""
+    model, data = chain(64).train(), images(3, 3, 8)
+    engine = dz.CGE(model, cross_entropy).engine
+    with engine.prepared(data) as ready:
+        assert ready.base is not None
+        graph = ready.base.graph
+        names = [name for name, _ in model.named_parameters()]
+        first, last = (engine.route(graph, name) for name in ("0.weight", "6.weight"))
+        # The convolution's values and the norm's temporary: 64 channels of 4 x 4 pixels of three images, two times.
+        assert first.bytes >= 2 * 4 * 64 * 4 * 4 * 3
+        assert last.bytes < 2 * 4 * 64 * 4 * 4 * 3
+        assert engine.joint_steps(graph, names)
+
+
 def test_on_a_cpu_a_wrong_norm_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the two kernels is what the quotients come from."""
     model, data = chain().train(), images(3, 3, 8)
