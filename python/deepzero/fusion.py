@@ -412,7 +412,7 @@ def _run_convolution(run: Block, parts: _Convolution) -> Carrier | None:
     return Dense(out)
 
 
-# --- convolution + batch norm (+ ReLU) (+ max pool), for one weight or one input channel that moves
+# --- convolution + batch norm (+ ReLU) (+ max pool) (+ mean), for one weight or one input channel that moves
 
 
 def _convolution_and_norm(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
