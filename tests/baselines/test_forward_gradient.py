@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import deepzero as dz
@@ -118,3 +120,26 @@ def test_resumes_and_counts_one_query_a_direction() -> None:
     assert all(torch.equal(a.grads[name], b.grads[name]) for name in a.grads)
     with pytest.raises(BudgetError, match="needs 3 queries and 6 of the budget of 8"):
         first.estimate(batch())
+
+
+def _enter() -> None:
+    torch._C._enter_dual_level()
+    raise KeyboardInterrupt
+
+
+def _leave() -> None:
+    torch._C._exit_dual_level(level=forward_ad._current_level)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("moment", "struck"), [("enter_dual_level", _enter), ("exit_dual_level", _leave)])
+def test_ctrl_c_between_the_two_counts_of_levels(
+    moment: str, struck: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In torch's own entering and leaving of a level, after it has counted in C++ and before it counts in Python."""
+    estimator = ForwardGE(network(), objective, queries=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(forward_ad, moment, struck)
+        estimator.estimate(batch())
+    assert forward_ad._current_level == -1
+    estimator.estimate(batch())

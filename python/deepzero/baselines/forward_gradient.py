@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ from ..estimators.base import Estimate, Estimator, Mask, Objective, StepResult, 
 from ..estimators.checks import check_loss, selected
 from ..estimators.directions import Directions
 from .transaction import Snapshot, Transaction
+
+
+@contextlib.contextmanager
+def _dual_level() -> Iterator[None]:
+    """As ``forward_ad.dual_level``. That one counts twice, and Ctrl-C between the two counts leaves them apart: the
+    process could enter no other level."""
+    before = forward_ad._current_level
+    try:
+        with forward_ad.dual_level():
+            yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # it has been left already
+            torch._C._exit_dual_level(level=before + 1)
+        forward_ad._current_level = before
+        raise
 
 
 class ForwardGE(Estimator):
@@ -105,7 +121,7 @@ class ForwardGE(Estimator):
     def _slope(self, bound: Bound, chosen: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> tuple[float, float]:
         """The loss, and its derivative along the direction ``parts`` of the chosen coordinates."""
         # fused attention has no forward derivative; its plain form has
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), _dual_level(), sdpa_kernel(SDPBackend.MATH):
             moving = {}
             for name, part in parts.items():
                 weight = self.model.get_parameter(name).detach()
