@@ -70,7 +70,7 @@ DZ_INLINE float sum_of(Vec v) {
   return v[0];
 }
 
-// As `moments`, for a block whose sums may stay in float32: at most eight terms in a row, then a tree.
+// As `moments`, for a block whose sums may stay in float32: at most 64 terms in a row at any level, then a tree.
 Moments block_moments(const float* d, const float* zc, float shift, int64_t size) {
   if (size > kBlock) return moments(d, zc, shift, size);  // a long row
   Vec a[kSums] = {}, b[kSums] = {}, c[kSums] = {};
