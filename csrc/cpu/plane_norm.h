@@ -191,13 +191,14 @@ DZ_INLINE void by_windows(const Strips& strips, int64_t first, int64_t last, Eac
 // Vectors of what windows of 2 x 2 have of the base: both rows of zc and of y - m, and m, the maximum of y and 0.
 constexpr int64_t kWindowParts = 5;
 
-// Floats that make_windows writes for rows of windows of one piece.
-DZ_INLINE int64_t window_floats(const Strips& strips) {
-  return strips.at_once * ceil_div(strips.line / 2 * 2, kLanes) * kWindowParts * kLanes;
+// Floats that make_base writes for the rows of windows of one piece.
+DZ_INLINE int64_t base_floats(const Strips& strips) {
+  return strips.pool == 2 ? strips.at_once * ceil_div(strips.line / 2 * 2, kLanes) * kWindowParts * kLanes : 0;
 }
 
-inline void make_windows(const Strips& strips, int64_t first, int64_t last, const float* zc, const Base base,
-                         float* to) {
+// The base of rows of windows `first` to `last` of strips as change_strips takes it, where it is not zc itself.
+inline void make_base(const Strips& strips, int64_t first, int64_t last, const float* zc, const Base base, float* to) {
+  if (strips.pool != 2) return;
   by_windows(strips, first, last, [&](auto take, int64_t, int64_t) {
     const Rows2 z = take(zc);
     const Vec y0 = base(z.above), y1 = base(z.below), zero = {};
@@ -240,14 +241,6 @@ inline void pool_any_row(const float* d, const float* zc, float* out, const Coef
     out[v] = largest(-before, [&](int64_t at) { return with.change(d[at], zc[at]) + (base(zc[at]) - before); });
   }
 }
-
-// Base of rows of windows `first` to `last` of strips as change_strips takes it, where it is not zc itself.
-inline void make_base(const Strips& strips, int64_t first, int64_t last, const float* zc, const Base& base, float* to) {
-  if (strips.pool == 2) make_windows(strips, first, last, zc, base, to);
-}
-
-// Floats of that for one piece.
-DZ_INLINE int64_t base_floats(const Strips& strips) { return strips.pool == 2 ? window_floats(strips) : 0; }
 
 // Rows of windows `first` to `last` of strips: the change of the norm, through the ReLU, pooled. d and zc begin with
 // the first of them; `made` is of make_base; out takes a row of windows after the other.

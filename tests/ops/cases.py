@@ -445,13 +445,13 @@ def linear_difference() -> Iterator[Case]:
                 norm = norm_of(r, width)
                 args["norm"] = norm._replace(gamma=None) if k % 3 == 1 else norm
             operands = (torch.float32, torch.bfloat16)[k // 2 % 2] if normed else dtype
-            bound = test_linear_difference.bound(args, HALF if operands == torch.bfloat16 else 0.0)
+            bound = test_linear_difference.bound(args, HALF if operands == torch.bfloat16 else 0.0, tensor_cores=True)
             args |= {"operands": operands, "out_dtype": out_dtype}
             name = f"{(p, r, width, outs)}, norm={normed}, residual={residual}, {dtype} by {operands} to {out_dtype}"
             yield Case(name, args, bound, dtype, r > 40)
     args = test_linear_difference.case(3, 70, 20, 24, 1e-2) | {"norm": norm_of(70, 20)}
     args["delta"][1, 33, 3] = args["residual"][0, 69, 2] = math.nan
-    yield Case("NaN", args, test_linear_difference.bound(args).nan_to_num(0), nan=True)
+    yield Case("NaN", args, test_linear_difference.bound(args, tensor_cores=True).nan_to_num(0), nan=True)
 
 
 @cases
@@ -469,7 +469,7 @@ def mlp_difference() -> Iterator[Case]:
             if normed:
                 args["norm"] = norm_of(r, width)
             operands = (torch.float32, torch.bfloat16)[k // 2 % 2] if normed else dtype
-            bound = test_mlp_difference.bound(args, HALF if operands == torch.bfloat16 else 0.0)
+            bound = test_mlp_difference.bound(args, HALF if operands == torch.bfloat16 else 0.0, tensor_cores=True)
             args |= {"operands": operands, "out_dtype": out_dtype, "approximate": ("none", "tanh")[k // 2 % 2]}
             name = f"{(p, r, width, hidden, outs)}, norm={normed}, residual={residual}, {dtype} by {operands} to "
             yield Case(f"{name}{out_dtype}", args, bound, dtype, r > 40)
@@ -478,10 +478,10 @@ def mlp_difference() -> Iterator[Case]:
         steps = torch.tensor([1e-30, 1e-8, 0.01, 0.125, 0.2499, 0.25, 0.2501, 0.5, 2.0, 20.0])
         delta = torch.cat([steps, -steps])[:, None, None].expand(-1, len(z), -1)
         args = {"delta": delta, "up": torch.ones(1, 1), "z": z, "down": torch.ones(1, 1), "approximate": approximate}
-        yield Case(f"a sweep, {approximate}", args, test_mlp_difference.bound(args))
+        yield Case(f"a sweep, {approximate}", args, test_mlp_difference.bound(args, tensor_cores=True))
     args = test_mlp_difference.case(3, 70, 20, 40, 24, 1e-2) | {"norm": norm_of(70, 20)}
     args["delta"][1, 33, 3] = args["z"][5, 39] = args["residual"][0, 69, 2] = math.nan
-    yield Case("NaN", args, test_mlp_difference.bound(args).nan_to_num(0), nan=True)
+    yield Case("NaN", args, test_mlp_difference.bound(args, tensor_cores=True).nan_to_num(0), nan=True)
 
 
 @cases
@@ -490,17 +490,24 @@ def self_attention_difference() -> Iterator[Case]:
     for shape in (*test_self_attention_difference.SHAPES[:2], (3, 2, 2, 9, 16, 8, 24, 20)):
         for change in ({}, {"residual": None, "norm": None}):
             args = test_self_attention_difference.case(shape, 1e-2) | change
-            yield Case(f"{shape}, {'alone' if change else 'whole'}", args, test_self_attention_difference.bound(args))
+            yield Case(
+                f"{shape}, {'alone' if change else 'whole'}",
+                args,
+                test_self_attention_difference.bound(args, tensor_cores=True),
+            )
     for dtype, out_dtype in ((torch.bfloat16, torch.float32), (torch.bfloat16,) * 2, (torch.float32,) * 2):
         args = test_self_attention_difference.case((2, 2, 2, 5, 4, 6, 7, 9), 1e-2) | {"residual": None, "norm": None}
         for name in ("delta", "weight", "project"):
             args[name] = args[name].bfloat16().float()  # so that the change of the attention alone is rounded
-        bound = test_self_attention_difference.bound(args, HALF)
+        bound = test_self_attention_difference.bound(args, HALF, tensor_cores=True)
         args["delta"] = args["delta"].to(dtype)
         args |= {"operands": torch.bfloat16, "out_dtype": out_dtype}
         yield Case(f"{dtype} by bfloat16 to {out_dtype}", args, bound, dtype)
     args = test_self_attention_difference.case((2, 3, 2, 5, 4, 6, 7, 9), 1e-2)
     args["delta"][1, 7, 3] = math.nan
     yield Case(
-        "NaN", args, test_self_attention_difference.bound({**args, "delta": args["delta"].nan_to_num(0)}), nan=True
+        "NaN",
+        args,
+        test_self_attention_difference.bound({**args, "delta": args["delta"].nan_to_num(0)}, tensor_cores=True),
+        nan=True,
     )

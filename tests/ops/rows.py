@@ -14,6 +14,11 @@ from ops import test_layer_norm_difference
 U = UNIT[torch.float32]
 
 
+def beside(tensor_cores: bool) -> int:
+    """Roundings of a float32 sum beside one for each of its terms: see linear_difference."""
+    return 16 if tensor_cores else 4
+
+
 def norm_of(r: int, k: int) -> dzkernels.RowNorm:
     z = normal(r, k, seed=14)
     zc = z - z.mean(1, keepdim=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
-from ops.rows import double, moved_rows, norm_errors, norm_of
+from ops.rows import beside, double, moved_rows, norm_errors, norm_of
 
 U, HALF = UNIT[torch.float32], UNIT[torch.bfloat16]
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 4), (3, 40, 33, 17), (2, 65, 32, 48), (2, 31, 96, 130), (2, 130, 40, 288)]
@@ -30,12 +30,16 @@ def reach(given: dict[str, Any]) -> Tensor:
     return d["delta"].abs() @ d["weight"].abs().T
 
 
-def bound(given: dict[str, Any], half: float = 0.0) -> Tensor:
-    """K + 16 roundings of the sum and what the rows are off by; with bfloat16 operands both are rounded by `half`."""
+def bound(given: dict[str, Any], half: float = 0.0, tensor_cores: bool = False) -> Tensor:
+    """K + 4 roundings of the sum (K + 16 on tensor cores) and what the rows are off by; with bfloat16 operands both are
+    rounded by `half`."""
     rows, off = moved_rows(given["delta"], given.get("norm"))
     weight = given["weight"].double().abs().T
     off = torch.zeros_like(rows) + off * (1 + half)
-    return off @ weight + ((given["weight"].shape[1] + 16) * U + 2 * half + half**2) * rows.abs() @ weight
+    return (
+        off @ weight
+        + ((given["weight"].shape[1] + beside(tensor_cores)) * U + 2 * half + half**2) * rows.abs() @ weight
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 3.0])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
-from ops.rows import double, moved_rows, norm_errors, norm_of
+from ops.rows import beside, double, moved_rows, norm_errors, norm_of
 
 SLOPE = 1.13  # the largest of GELU
 U, HALF = UNIT[torch.float32], UNIT[torch.bfloat16]
@@ -33,14 +33,15 @@ def reach(given: dict[str, Any]) -> Tensor:
     return SLOPE * d["delta"].abs() @ d["up"].abs().T @ d["down"].abs().T
 
 
-def bound(given: dict[str, Any], half: float = 0.0) -> Tensor:
-    """K + 16 roundings of a hidden difference and what the rows are off by, 6 of GELU, H + 16 of the second sum; with
-    bfloat16 operands each of them is rounded by `half`."""
+def bound(given: dict[str, Any], half: float = 0.0, tensor_cores: bool = False) -> Tensor:
+    """K + 4 roundings of a hidden difference and what the rows are off by, 6 of GELU, H + 4 of the second sum (16 for
+    each 4 on tensor cores); with bfloat16 operands each of them is rounded by `half`."""
+    more = beside(tensor_cores)
     rows, off = moved_rows(given["delta"], given.get("norm"))
     up, down = given["up"].double().abs().T, given["down"].double().abs().T
     hidden = rows.abs() @ up
-    first = (torch.zeros_like(rows) + off * (1 + half)) @ up + ((len(up) + 16) * U + 2 * half + half**2) * hidden
-    second = ((len(down) + 22) * U + 2 * half + half**2) * (hidden + first)
+    first = (torch.zeros_like(rows) + off * (1 + half)) @ up + ((len(up) + more) * U + 2 * half + half**2) * hidden
+    second = ((len(down) + more + 6) * U + 2 * half + half**2) * (hidden + first)
     return SLOPE * (first + second) @ down
 
 

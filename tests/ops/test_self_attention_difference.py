@@ -11,7 +11,7 @@ from torch import Tensor
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
 from ops import test_attention_difference, test_linear_difference
-from ops.rows import double, moved_rows, norm_errors
+from ops.rows import beside, double, moved_rows, norm_errors
 
 U = UNIT[torch.float32]
 Shape = tuple[int, int, int, int, int, int, int, int]  # P, N, H, T, D, E, K, M
@@ -63,21 +63,21 @@ def heads_of(rows: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
     return rows.reshape(-1, n, t, h, 2 * d + e).transpose(2, 3).split([d, d, e], -1)
 
 
-def bound(given: dict[str, Any], half: float = 0.0) -> Tensor:
+def bound(given: dict[str, Any], half: float = 0.0, tensor_cores: bool = False) -> Tensor:
     """What the linear layer is off by goes through the attention, and what that is off by through the layer after it,
     element by element. With bfloat16 operands that hold delta and the weights the change of the attention alone is
     rounded, by ``half``."""
     weight, project = given["weight"].flatten(0, 1), given["project"].double().abs().T
     first = {"delta": given["delta"], "norm": given["norm"]}
     features = moved_rows(**first)[0] @ weight.double().T
-    errors = heads_of(test_linear_difference.bound({**first, "weight": weight}), given)
+    errors = heads_of(test_linear_difference.bound({**first, "weight": weight}, tensor_cores=tensor_cores), given)
     args = dict(zip(test_attention_difference.MOVES, heads_of(features, given), strict=True))
     args |= {name: given[name] for name in ("q", "k", "v", "p", "scale")}
     wanted = dzkernels.attention_difference(**test_attention_difference.wide(args))
-    off = test_attention_difference.bound(args, errors, sums=16)
+    off = test_attention_difference.bound(args, errors, sums=16 if tensor_cores else 1)
     rows, off = (values.transpose(2, 3).reshape(*given["delta"].shape[:2], -1) for values in (wanted.abs(), off))
     off = off + half * (rows + off)
-    return (off + (given["project"].shape[1] + 16) * U * (rows + off)) @ project
+    return (off + (given["project"].shape[1] + beside(tensor_cores)) * U * (rows + off)) @ project
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
