@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -39,6 +40,7 @@ def test_cpu_sources_and_tests() -> None:
     assert stems(ROOT / "csrc" / "cpu", ".cpp") - {"table", "dispatch"} == set(NATIVE)
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
     assert set(dzkernels.OPS) <= tests
+    assert stems(ROOT / "tests" / "ops" / "cases", ".py") == set(dzkernels.OPS)
 
 
 def test_triton_and_cuda_files_are_ops() -> None:
@@ -84,3 +86,15 @@ def test_imports_point_one_way() -> None:
         assert not re.search(r"^\s*(from|import) deepzero", path.read_text(), re.M), path
     for path in (ROOT / "csrc").rglob("*.*"):
         assert not re.search(r"#include <(torch|ATen|c10)", path.read_text()), path
+
+
+def test_no_test_imports_another() -> None:
+    """What two test modules share stands in a module that holds no test."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert Path(__file__) in files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            for part in ".".join([module, *names]).split("."):
+                assert not part.startswith("test_"), f"{path}:{node.lineno} imports {part}"

@@ -25,8 +25,7 @@ from deepzero.run import run_block
 from dzkernels import backends
 from estimators.fake_device import FakeDevice, Tape
 from estimators.small import batch, network, objective
-from exactness.test_fused_convolutions import chain
-from exactness.test_models import cross_entropy, images
+from exactness.small import chain, cross_entropy, images
 from helpers import assert_bounded, assert_exact
 from rules.cases import ROWS
 

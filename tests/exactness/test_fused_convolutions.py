@@ -15,7 +15,7 @@ import dzkernels
 from deepzero import fusion
 from dzkernels import backends
 from exactness.judge import WideCGE, judge, plain_quotients, sampled, tolerance
-from exactness.test_models import cross_entropy, images
+from exactness.small import chain, cross_entropy, images
 from helpers import assert_exact
 
 
@@ -76,17 +76,6 @@ def test_wrong_moments_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dzkernels, "batch_norm_conv2d", wrong)
     with pytest.raises(AssertionError):
         judge(dz.CGE(model, cross_entropy).estimate(data, mask).grads, wanted).check(tolerance("float32", 5e-3))
-
-
-def chain(width: int = 4, **options: Any) -> nn.Sequential:
-    """Three convolutions with batch norm; ``options`` of the last one. No stretch is longer than norm, ReLU, conv."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Conv2d(4, width, 3, **options), nn.BatchNorm2d(width), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10),
-    )  # fmt: skip
 
 
 class Residual(nn.Module):

@@ -10,7 +10,6 @@ import mpmath
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import deepzero as dz
 from exactness.judge import (
@@ -26,16 +25,7 @@ from exactness.judge import (
     sampled,
     tolerance,
 )
-
-
-def cross_entropy(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(data[0]), data[1])
-
-
-def images(count: int, channels: int, size: int) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(count, channels, size, size, generator=g), torch.randint(10, (count,), generator=g)
-
+from exactness.small import cross_entropy, images
 
 # name -> model, images [n, c, size, size], random coordinates of each tensor beside the one with the largest gradient
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int]] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dzkernels._norm import before_relu, window_gap
 from helpers import UNIT, normal
-from ops import test_dense_batch_norm
+from ops.cases import dense_batch_norm
 
 U = UNIT[torch.float32]
 
@@ -28,7 +28,7 @@ def norm_of(samples: int, channels: int, height: int, width: int) -> dict[str, A
         "var": zc.double().var((0, 2, 3), correction=0),
         "gamma": normal(channels, seed=12),
         "beta": normal(channels, seed=13),
-        "eps": test_dense_batch_norm.EPS,
+        "eps": dense_batch_norm.EPS,
     }
 
 
@@ -40,7 +40,7 @@ def changed(
     y = before_relu(zc, var, gamma, beta, norm["eps"])
     gap = window_gap(y, F.max_pool2d(y.clamp(min=0), pool), pool)
     args = norm | {"delta": delta, "y": y, "gap": gap, "pool": 1}
-    change, bound = test_dense_batch_norm.by_rerun(args, False, training)
+    change, bound = dense_batch_norm.by_rerun(args, False, training)
     # The norm of a difference that is off: directly, in its mean, and in its variance (as the moments of by_rerun).
     dims, z = (1, 3, 4), zc.abs()
     s = (var + norm["eps"]).sqrt()[:, None, None]

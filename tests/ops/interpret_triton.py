@@ -1,4 +1,4 @@
-"""Runs the Triton kernels on CPU tensors (TRITON_INTERPRET=1): the table in cases.py against the reference, and
+"""Runs the Triton kernels on CPU tensors (TRITON_INTERPRET=1): the cases of ops/cases against the reference, and
 estimates by the plan that a GPU has, on Triton's kernels alone, against float64.
 
 Started by test_backends.py in a process of its own; by hand with the names of ops: python interpret_triton.py gelu_...
@@ -28,8 +28,8 @@ from dzkernels import OPS, backends
 from dzkernels.triton import _config
 from exactness.judge import WideCGE, judge, plain_quotients, sampled, tolerance
 from helpers import assert_exact
-from ops import test_self_attention_difference
-from ops.cases import CASES, check
+from ops.cases import self_attention_difference
+from ops.table import CASES, check
 
 
 class Residual(nn.Module):
@@ -114,7 +114,7 @@ def check_parts(given: dict[str, Any]) -> None:
     operands = given.get("operands", torch.float32)
     with dzkernels.use_backend("triton"):
         got = dzkernels.self_attention_difference(**{**given, "out_dtype": torch.float32})
-        assert_exact(got, test_self_attention_difference.apart(given, operands, operands))
+        assert_exact(got, self_attention_difference.apart(given, operands, operands))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import dzkernels
 from dzkernels import backends
-from ops.cases import CASES, check
+from ops.table import CASES, check
 
 
 def run(dtype: torch.dtype = torch.float32) -> Tensor:

@@ -6,51 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import dzkernels
 from dzkernels._norm import moments
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
-from ops import test_dense_batch_norm
-from ops.test_dense_batch_norm import last
-from ops.test_dense_conv2d import centred, moments_by_rerun
-
-# P, N, C, H, W; O, kernel; stride, padding, dilation
-SHAPES = [
-    pytest.param(((2, 3, 8, 6, 7), (16, 3, 3), (1, 1, 1)), id="plain"),
-    pytest.param(((2, 1, 1, 5, 7), (1, 3, 3), (1, 0, 1)), id="one image, one channel"),
-    pytest.param(((1, 2, 33, 5, 7), (20, 1, 1), (2, 0, 1)), id="1 x 1, stride"),
-    pytest.param(((2, 2, 5, 9, 8), (7, 3, 2), ((2, 1), (2, 3), (2, 3))), id="dilation, much padding"),
-    pytest.param(((2, 9, 3, 1, 1), (70, 1, 1), (1, 0, 1)), id="one pixel, 70 filters"),
-]
-Shape = tuple[tuple[int, ...], tuple[int, int, int], tuple[Any, Any, Any]]
-
-
-def inputs(shape: Shape, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    sizes, (filters, *kernel), spacing = shape
-    args = test_dense_batch_norm.inputs(sizes, scale)
-    del args["pool"], args["gap"]
-    args["delta"] = args["delta"].to(dtype)
-    args["weight"] = normal(filters, sizes[2], *kernel, seed=8).to(dtype)
-    return args | dict(zip(("stride", "padding", "dilation"), spacing, strict=True))
-
-
-def convolved(values: Tensor, args: dict[str, Any], weight: Tensor) -> Tensor:
-    out = F.conv2d(values.flatten(0, 1), weight, None, args["stride"], args["padding"], args["dilation"])
-    return out.unflatten(0, values.shape[:2])
-
-
-def by_rerun(
-    args: dict[str, Any], relu: bool, training: bool, half: float = UNIT[torch.bfloat16]
-) -> tuple[Tensor, Tensor]:
-    """In float64, and how far the contract lets the result be from it; `half` is a rounding to bfloat16."""
-    change, bound = test_dense_batch_norm.by_rerun(args | {"pool": 1}, relu, training)
-    weight = args["weight"].double()
-    unit = half if args["weight"].dtype == torch.bfloat16 else UNIT[torch.float32]
-    wanted, size = convolved(change, args, weight), convolved(change.abs() + bound, args, weight.abs())
-    roundings = UNIT[torch.float32] * (weight[0].numel() + 48) + unit  # of the sum and of a
-    return wanted, convolved(bound, args, weight.abs()) + roundings * size + unit * wanted.abs()
+from helpers import RUNNERS, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
+from ops.cases.batch_norm_conv2d import SHAPES, Shape, by_rerun, convolved, inputs
+from ops.cases.dense_batch_norm import last
+from ops.cases.dense_conv2d import centred, moments_by_rerun
 
 
 @pytest.mark.parametrize("training", [True, False])

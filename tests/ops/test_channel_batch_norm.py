@@ -10,81 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dzkernels
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
-
-EPS = 1e-5
-TERMS = 70  # of a float32 sum of moments: 64, and the roundings of e and of the products
-# P, N, C, H, W
-SHAPES = [
-    pytest.param((6, 4, 3, 8, 8), id="plain"),
-    pytest.param((2, 1, 1, 5, 7), id="one image, one channel"),
-    pytest.param((3, 9, 4, 1, 1), id="one pixel"),
-    pytest.param((9, 7, 5, 3, 11), id="odd"),
-    pytest.param((2, 9, 2, 24, 24), id="several blocks"),
-]
-
-
-def largest(values: Tensor, pool: int) -> Tensor:
-    """Each element replaced by the maximum of its window; those in no window by themselves."""
-    tops = F.max_pool2d(values, pool).repeat_interleave(pool, 2).repeat_interleave(pool, 3)
-    out = values.clone()
-    out[:, :, : tops.shape[2], : tops.shape[3]] = tops
-    return out
-
-
-def inputs(shape: tuple[int, ...], scale: float = 1.0, pool: int = 1) -> dict[str, Any]:
-    perturbations, samples, channels, height, width = shape
-    x = normal(samples, channels, height, width, seed=1) * 2 + 3
-    wide = x.double()
-    mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
-    gamma, beta = normal(channels, seed=2), normal(channels, seed=3)
-    y = F.batch_norm(wide, mean, var, gamma.double(), beta.double(), False, 0.0, EPS).float()
-    return {
-        "delta": normal(perturbations, samples, height, width, seed=4) * scale + 0.3 * scale,
-        "channel": integers([perturbations], channels, seed=5),
-        "x": x,
-        "mean": mean,
-        "var": var,
-        "gamma": gamma,
-        "y": y,
-        "gap": y.clamp_min(0) - largest(y.clamp_min(0), pool),
-        "pool": pool,
-        "eps": EPS,
-    }
-
-
-def by_rerun(args: dict[str, Any], relu: bool, training: bool = True) -> tuple[Tensor, Tensor]:
-    """The change by running batch norm twice in float64, and how far float32 may be from it."""
-    channel, unit = args["channel"], UNIT[torch.float32]
-    z = args["x"].double().transpose(0, 1)[channel] - args["mean"][channel][:, None, None, None]  # [P, N, H, W]
-    gamma, delta = args["gamma"].double()[channel][:, None, None, None], args["delta"].double()
-    before = (args["var"][channel] + EPS).sqrt()[:, None, None, None]
-    dims = (1, 2, 3)
-    if training:
-        moved = z + delta
-        new = (moved.var(dims, correction=0, keepdim=True) + EPS).sqrt()
-        change = gamma * ((moved - moved.mean(dims, keepdim=True)) / new - z / before)
-        spread = (delta - delta.mean(dims, keepdim=True)).abs()
-        about = spread + spread.amax(dims, keepdim=True)  # |e| about any value that delta has
-        moment = (2 * z.abs() * about + about.square()).mean(dims, keepdim=True)
-        second = z.abs() * moment / (before * new * (before + new))
-        mean = about.mean(dims, keepdim=True)  # of |e|, whose sum gives the mean of delta
-        bound = unit * gamma.abs() * ((8 * spread + TERMS * mean) / new + TERMS * second)
-        # dvar moves s' too: d s' / s' = dvar error / (2 s'^2)
-        bound = bound + unit * TERMS * gamma.abs() * spread / new * moment / (2 * new.square())
-    else:
-        change = gamma / before * delta
-        bound = 8 * unit * change.abs()
-    if relu:
-        y = args["y"].double().transpose(0, 1)[channel]
-        bound = bound + unit * change.abs()
-        change = (y + change).clamp_min(0) - y.clamp_min(0)
-        bound = bound + unit * y.abs()  # of y + dy where a dead unit comes alive
-    if args["pool"] > 1:
-        gap = args["gap"].double().transpose(0, 1)[channel]
-        bound = F.max_pool2d(bound + unit * (gap.abs() + change.abs()), args["pool"])
-        change = F.max_pool2d(gap + change, args["pool"])
-    return change, bound + 2.0**-45
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, running, small_ints, strided
+from ops.cases.channel_batch_norm import EPS, SHAPES, TERMS, by_rerun, inputs, largest
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -6,41 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
-
-# N, H, W, O, Cg, kernel, stride, padding, dilation, groups
-SHAPES = [
-    pytest.param((2, 8, 8, 16, 3, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="plain"),
-    pytest.param((1, 5, 7, 1, 1, (3, 3), (1, 1), (0, 0), (1, 1), 1), id="one image, one channel"),
-    pytest.param((2, 9, 9, 64, 2, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="64 channels, odd rows"),
-    pytest.param((2, 6, 5, 37, 2, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="37 channels"),
-    pytest.param((2, 11, 10, 38, 2, (3, 2), (3, 2), (1, 0), (1, 1), 2), id="stride 3, groups"),
-    pytest.param((3, 9, 8, 6, 1, (3, 3), (2, 1), (2, 3), (2, 3), 6), id="dilation, depthwise"),
-    pytest.param((2, 1, 1, 10, 4, (1, 1), (1, 1), (0, 0), (1, 1), 1), id="one pixel"),
-    pytest.param((1, 4, 40, 24, 2, (1, 5), (1, 1), (0, 2), (1, 1), 1), id="wide row"),
-]
-
-
-def geometry(shape: tuple[Any, ...]) -> dict[str, Any]:
-    _, _, _, _, _, _, stride, padding, dilation, groups = shape
-    return {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-
-
-def by_dense(delta: Tensor, channel: Tensor, weight: Tensor, shape: tuple[Any, ...]) -> Tensor:
-    """conv2d of the dense difference: zero but for one input channel."""
-    _, _, _, _, width, _, stride, padding, dilation, groups = shape
-    outs = []
-    for d, c in zip(delta, channel.tolist(), strict=True):
-        dense = d.new_zeros(d.shape[0], width * groups, *d.shape[1:])
-        dense[:, c] = d
-        outs.append(F.conv2d(dense, weight, None, stride, padding, dilation, groups))
-    return torch.stack(outs)
+from ops.cases.channel_conv2d import SHAPES, by_dense, geometry
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

@@ -10,18 +10,9 @@ import torch.nn.functional as F
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
+from ops.cases.channel_linear_cross_entropy import inputs
 
 U64 = UNIT[torch.float64]
-
-
-def inputs(perturbations: int, samples: int, classes: int, features: int, scale: float) -> dict[str, Any]:
-    return {
-        "delta": normal(perturbations, samples, seed=1) * scale,
-        "channel": integers([perturbations], features, seed=2),
-        "weight": normal(classes, features, seed=3),
-        "log_probs": (normal(samples, classes, seed=4, dtype=torch.float64) * 2).log_softmax(1),
-        "target": integers([samples], classes, seed=5),
-    }
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

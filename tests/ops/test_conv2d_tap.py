@@ -6,58 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, assert_exact, integers, normal, running, small_ints, strided
-
-# N, Cin, H, W, Cout, kernel, stride, padding, dilation, groups
-SHAPES = [
-    pytest.param((2, 3, 8, 8, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="plain"),
-    pytest.param((1, 1, 5, 7, 1, (3, 3), (1, 1), (0, 0), (1, 1), 1), id="one image, one channel"),
-    pytest.param((2, 4, 11, 10, 6, (3, 2), (3, 2), (1, 0), (1, 1), 2), id="stride 3, groups"),
-    pytest.param((3, 6, 9, 8, 6, (3, 3), (2, 1), (2, 3), (2, 3), 6), id="dilation, depthwise"),
-    pytest.param((2, 2, 4, 4, 2, (1, 1), (1, 1), (3, 3), (1, 1), 1), id="mostly padding"),
-    pytest.param((2, 2, 1, 1, 2, (3, 3), (1, 1), (1, 1), (1, 1), 1), id="one pixel"),
-    pytest.param((1, 2, 3, 40, 2, (1, 5), (1, 4), (0, 2), (1, 1), 1), id="wide row"),
-]
-
-
-def geometry(shape: tuple[Any, ...]) -> dict[str, Any]:
-    _, _, _, _, out_channels, kernel, stride, padding, dilation, groups = shape
-    return {
-        "kernel": kernel,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "groups": groups,
-        "out_channels": out_channels,
-    }
-
-
-def coordinates(shape: tuple[Any, ...], count: int, seed: int = 0) -> Tensor:
-    _, channels, _, _, out_channels, kernel, _, _, _, groups = shape
-    sizes = (out_channels, channels // groups, *kernel)
-    return torch.stack([integers([count], size, seed=seed + k) for k, size in enumerate(sizes)], 1)
-
-
-def by_rerun(x: Tensor, coord: Tensor, step: Tensor, shape: tuple[Any, ...]) -> Tensor:
-    """conv(w + step) - conv(w) for each perturbation, its output channel only. Exact on small integers."""
-    _, channels, _, _, out_channels, kernel, stride, padding, dilation, groups = shape
-    weight = small_ints(out_channels, channels // groups, *kernel, seed=9, dtype=x.dtype)
-    base = F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    planes = []
-    for at, h in zip(coord.tolist(), step, strict=True):
-        moved = weight.clone()
-        moved[tuple(at)] += h
-        change = F.conv2d(x, moved, None, stride, padding, dilation, groups) - base
-        others = [o for o in range(out_channels) if o != at[0]]
-        assert not change[:, others].any()
-        planes.append(change[:, at[0]])
-    return torch.stack(planes)
+from ops.cases.conv2d_tap import SHAPES, by_rerun, coordinates, geometry
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])

@@ -5,39 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
+from ops.cases.cross_entropy_difference import exact, inputs
 
 U64 = UNIT[torch.float64]
-
-
-def inputs(
-    perturbations: int, samples: int, classes: int, scale: float, spread: float = 2.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    log_probs = (normal(samples, classes, seed=1, dtype=torch.float64) * spread).log_softmax(1)
-    dlogits = normal(perturbations, samples, classes, seed=3) * scale
-    return log_probs, integers([samples], classes, seed=2), dlogits
-
-
-def exact(log_probs: Tensor, target: Tensor, dlogits: Tensor) -> Tensor:
-    """In 60 digits. Stored rows sum to 1 only up to rounding: near 1 that error must be left out, as the log1p form
-    does; far below 1 it would be magnified, and the plain sum has it not."""
-    values = []
-    with mpmath.workdps(60):
-        for rows in dlogits.tolist():
-            total = mpmath.mpf(0)
-            for log_p, d, y in zip(log_probs.tolist(), rows, target.tolist(), strict=True):
-                moved = sum(mpmath.exp(lp) * mpmath.expm1(mpmath.mpf(v) - d[y]) for lp, v in zip(log_p, d, strict=True))
-                plain = sum(mpmath.exp(mpmath.mpf(lp) + v - d[y]) for lp, v in zip(log_p, d, strict=True))
-                total += mpmath.log1p(moved) if moved > -0.5 else mpmath.log(plain)
-            values.append(float(total / len(target)))
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e-2, 1.0, 30.0])

@@ -4,45 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import mpmath
 import pytest
 import torch
-from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
+from ops.cases.gelu_difference import SPECIAL, U, bound, exact
 
 FORMS = ["none", "tanh"]
-SLOPE = 1.13  # the largest slope of either form
-U = UNIT[torch.float32]
-
-
-def gelu(x: mpmath.mpf, approximate: str) -> mpmath.mpf:
-    if approximate == "none":
-        return x * mpmath.ncdf(x)
-    return x * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (x + mpmath.mpf("0.044715") * x**3))) / 2
-
-
-def exact(delta: Tensor, z: Tensor, approximate: str) -> Tensor:
-    """In 60 digits."""
-    with mpmath.workdps(60):
-        rows = [
-            [
-                float(gelu(mpmath.mpf(x) + d, approximate) - gelu(mpmath.mpf(x), approximate))
-                for d, x in zip(row, z.flatten().tolist(), strict=True)
-            ]
-            for row in delta.flatten(1).tolist()
-        ]
-    return torch.tensor(rows, dtype=torch.float64).reshape(delta.shape)
-
-
-def bound(delta: Tensor) -> Tensor:
-    """The first coefficient, the last two steps of Horner's rule and a multiplication round once each, the other
-    coefficients less; past the series the bounded rest is off by 2e-8 twice, which |d| > 1/4 makes 2.4 roundings."""
-    return 6 * U * SLOPE * delta.double().abs()
-
-
-SPECIAL = torch.tensor([0.0, -0.7517916, 0.25, -0.25, 1e-20, 5.0, -5.0, 13.9, -14.1, 60.0, -60.0])
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e-4, 1e-2, 0.25, 1.0, 10.0])

@@ -1,4 +1,4 @@
-"""The kernels on a GPU against the reference on the CPU: the table in cases.py. Skipped where torch sees no GPU."""
+"""The kernels on a GPU against the reference on the CPU: the table of cases. Skipped where torch sees no GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dzkernels import backends
-from ops.cases import CASES, check
+from ops.table import CASES, check
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 

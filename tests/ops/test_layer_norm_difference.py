@@ -11,41 +11,9 @@ from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
+from ops.cases.layer_norm_difference import EPS, SHAPES, inputs, norm, size
 
-EPS = 1e-5
 U = UNIT[torch.float32]
-# P, R, M
-SHAPES = [(3, 5, 1), (4, 2, 3), (6, 4, 96), (2, 9, 97), (1, 1, 128), (2, 3, 1000), (2, 1, 9001)]
-
-
-def inputs(shape: tuple[int, int, int], scale: float, centre: bool = True) -> dict[str, Any]:
-    x = normal(*shape[1:], seed=1, dtype=torch.float64) * 2 + (3 if centre else 0.3)
-    zc = x - x.mean(1, keepdim=True) if centre else x
-    return {
-        "delta": normal(*shape, seed=4) * scale + 0.3 * scale,
-        "zc": zc.float(),
-        "var": zc.square().mean(1),
-        "gamma": normal(shape[2], seed=2),
-        "eps": EPS,
-        "centre": centre,
-    }
-
-
-def size(args: dict[str, Any]) -> Tensor:
-    """|gamma| ((|d| + |mean|) / s' + |zc| m / (s s' (s + s'))), m = mean(2 |zc d| + d^2): the terms of the result."""
-    d, z = args["delta"].double(), args["zc"].double()
-    mean = d.mean(2, keepdim=True) if args["centre"] else torch.zeros(())
-    s = (args["var"] + args["eps"]).sqrt()[:, None]
-    t = ((z + (d - mean)).square().mean(2, keepdim=True) + args["eps"]).sqrt()
-    m = (2 * (z * (d - mean)).abs() + (d - mean).square()).mean(2, keepdim=True)
-    terms = (d.abs() + mean.abs()) / t + z.abs() * m / (s * t * (s + t))
-    return terms if args["gamma"] is None else args["gamma"].double().abs() * terms
-
-
-def norm(x: Tensor, args: dict[str, Any]) -> Tensor:
-    if args["centre"]:
-        return F.layer_norm(x, x.shape[-1:], args["gamma"].double(), None, EPS)
-    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * args["gamma"].double()
 
 
 @pytest.mark.parametrize("centre", [True, False])

@@ -6,40 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import dzkernels
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
-from ops.rows import beside, double, moved_rows, norm_errors, norm_of
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, running, strided
+from ops.cases.linear_difference import SHAPES, U, case, reach
+from ops.rows import double, norm_errors, norm_of
 
-U, HALF = UNIT[torch.float32], UNIT[torch.bfloat16]
-SHAPES = [(1, 1, 1, 1), (2, 3, 5, 4), (3, 40, 33, 17), (2, 65, 32, 48), (2, 31, 96, 130), (2, 130, 40, 288)]
-
-
-def case(p: int, r: int, k: int, m: int, scale: float) -> dict[str, Any]:
-    return {
-        "delta": normal(p, r, k, seed=1) * scale,
-        "weight": normal(m, k, seed=2) / k**0.5,
-        "residual": normal(p, r, m, seed=3) * scale,
-    }
-
-
-def reach(given: dict[str, Any]) -> Tensor:
-    """The largest that sums of absolute values can be: |delta| |weight|^T."""
-    d = double(given)
-    return d["delta"].abs() @ d["weight"].abs().T
-
-
-def bound(given: dict[str, Any], half: float = 0.0, tensor_cores: bool = False) -> Tensor:
-    """K + 4 roundings of the sum (K + 16 on tensor cores) and what the rows are off by; with bfloat16 operands both are
-    rounded by `half`."""
-    rows, off = moved_rows(given["delta"], given.get("norm"))
-    weight = given["weight"].double().abs().T
-    off = torch.zeros_like(rows) + off * (1 + half)
-    return (
-        off @ weight
-        + ((given["weight"].shape[1] + beside(tensor_cores)) * U + 2 * half + half**2) * rows.abs() @ weight
-    )
+HALF = UNIT[torch.bfloat16]
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 3.0])

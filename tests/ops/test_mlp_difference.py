@@ -6,43 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import dzkernels
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
-from ops.rows import beside, double, moved_rows, norm_errors, norm_of
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, running, strided
+from ops.cases.mlp_difference import SHAPES, U, case, reach
+from ops.rows import double, norm_errors, norm_of
 
-SLOPE = 1.13  # the largest of GELU
-U, HALF = UNIT[torch.float32], UNIT[torch.bfloat16]
-SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 7, 4), (3, 40, 33, 50, 17), (2, 65, 32, 64, 48), (2, 31, 96, 130, 80)]
-
-
-def case(p: int, r: int, k: int, h: int, m: int, scale: float) -> dict[str, Any]:
-    return {
-        "delta": normal(p, r, k, seed=1) * scale,
-        "up": normal(h, k, seed=2) / k**0.5,
-        "z": 2 * normal(r, h, seed=3),
-        "down": normal(m, h, seed=4) / h**0.5,
-        "residual": normal(p, r, m, seed=5) * scale,
-    }
-
-
-def reach(given: dict[str, Any]) -> Tensor:
-    """The largest that sums of absolute values can be: SLOPE |delta| |up|^T |down|^T."""
-    d = double(given)
-    return SLOPE * d["delta"].abs() @ d["up"].abs().T @ d["down"].abs().T
-
-
-def bound(given: dict[str, Any], half: float = 0.0, tensor_cores: bool = False) -> Tensor:
-    """K + 4 roundings of a hidden difference and what the rows are off by, 6 of GELU, H + 4 of the second sum (16 for
-    each 4 on tensor cores); with bfloat16 operands each of them is rounded by `half`."""
-    more = beside(tensor_cores)
-    rows, off = moved_rows(given["delta"], given.get("norm"))
-    up, down = given["up"].double().abs().T, given["down"].double().abs().T
-    hidden = rows.abs() @ up
-    first = (torch.zeros_like(rows) + off * (1 + half)) @ up + ((len(up) + more) * U + 2 * half + half**2) * hidden
-    second = ((len(down) + more + 6) * U + 2 * half + half**2) * (hidden + first)
-    return SLOPE * (first + second) @ down
+HALF = UNIT[torch.bfloat16]
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 0.05, 3.0])

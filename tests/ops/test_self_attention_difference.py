@@ -9,75 +9,9 @@ import torch
 from torch import Tensor
 
 import dzkernels
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
-from ops import test_attention_difference, test_linear_difference
-from ops.rows import beside, double, moved_rows, norm_errors
-
-U = UNIT[torch.float32]
-Shape = tuple[int, int, int, int, int, int, int, int]  # P, N, H, T, D, E, K, M
-SHAPES: list[Shape] = [
-    (1, 1, 1, 1, 1, 1, 1, 1),
-    (2, 2, 3, 5, 4, 6, 7, 9),
-    (3, 1, 2, 64, 16, 16, 32, 32),
-    (2, 2, 1, 33, 24, 17, 20, 40),
-    (1, 2, 2, 70, 8, 80, 33, 18),
-]
-
-
-def case(shape: Shape, scale: float) -> dict[str, Any]:
-    p, n, h, t, d, e, k, m = shape
-    z = normal(n * t, k, seed=1)
-    zc = z - z.mean(1, keepdim=True)
-    q, key = normal(n, h, t, d, seed=2), normal(n, h, t, d, seed=3)
-    factor = d**-0.5
-    return {
-        "delta": normal(p, n * t, k, seed=4) * scale,
-        "weight": normal(h, 2 * d + e, k, seed=5) / k**0.5,
-        "q": q,
-        "k": key,
-        "v": normal(n, h, t, e, seed=6),
-        "p": (factor * q.double() @ key.double().mT).softmax(-1).float(),
-        "project": normal(m, h * e, seed=7) / (h * e) ** 0.5,
-        "residual": normal(p, n * t, m, seed=8) * scale,
-        "norm": dzkernels.RowNorm(zc, zc.double().square().mean(1), normal(k, seed=9), 1e-3),
-        "scale": factor,
-    }
-
-
-def apart(given: dict[str, Any], operands: torch.dtype, between: torch.dtype) -> Tensor:
-    """The three ops that it is made of; ``between`` is what the change of the attention is rounded to."""
-    wide = torch.float64 if given["q"].dtype is torch.float64 else torch.float32
-    moved = dzkernels.linear_difference(
-        given["delta"], given["weight"].flatten(0, 1), norm=given["norm"], operands=operands, out_dtype=wide
-    )
-    base = [given[name] for name in ("q", "k", "v", "p")]
-    moves = heads_of(moved, given)
-    change = dzkernels.attention_difference(*moves, *base, scale=given["scale"], out_dtype=between)
-    rows = change.transpose(2, 3).reshape(*given["delta"].shape[:2], -1)
-    return dzkernels.linear_difference(rows, given["project"], given["residual"], operands=operands, out_dtype=wide)
-
-
-def heads_of(rows: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The queries, keys and values [P, N, H, T, .] among the features [P, N T, H (2 D + E)] of the first layer."""
-    (n, h, t, d), e = given["q"].shape, given["v"].shape[3]
-    return rows.reshape(-1, n, t, h, 2 * d + e).transpose(2, 3).split([d, d, e], -1)
-
-
-def bound(given: dict[str, Any], half: float = 0.0, tensor_cores: bool = False) -> Tensor:
-    """What the linear layer is off by goes through the attention, and what that is off by through the layer after it,
-    element by element. With bfloat16 operands that hold delta and the weights the change of the attention alone is
-    rounded, by ``half``."""
-    weight, project = given["weight"].flatten(0, 1), given["project"].double().abs().T
-    first = {"delta": given["delta"], "norm": given["norm"]}
-    features = moved_rows(**first)[0] @ weight.double().T
-    errors = heads_of(test_linear_difference.bound({**first, "weight": weight}, tensor_cores=tensor_cores), given)
-    args = dict(zip(test_attention_difference.MOVES, heads_of(features, given), strict=True))
-    args |= {name: given[name] for name in ("q", "k", "v", "p", "scale")}
-    wanted = dzkernels.attention_difference(**test_attention_difference.wide(args))
-    off = test_attention_difference.bound(args, errors, sums=16 if tensor_cores else 1)
-    rows, off = (values.transpose(2, 3).reshape(*given["delta"].shape[:2], -1) for values in (wanted.abs(), off))
-    off = off + half * (rows + off)
-    return (off + (given["project"].shape[1] + beside(tensor_cores)) * U * (rows + off)) @ project
+from helpers import RUNNERS, assert_bounded, assert_exact, running, strided
+from ops.cases.self_attention_difference import SHAPES, Shape, apart, bound, case
+from ops.rows import double, norm_errors
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])

@@ -8,35 +8,10 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, normal, running, strided
-
-U = UNIT[torch.float32]
-# P, R, K
-SHAPES = [(3, 4, 1), (2, 5, 2), (4, 3, 10), (2, 3, 64), (3, 2, 65), (1, 9, 197), (2, 1, 9001)]
-
-
-def inputs(shape: tuple[int, int, int], scale: float, spread: float = 3.0) -> tuple[Tensor, Tensor]:
-    p = (normal(*shape[1:], seed=1, dtype=torch.float64) * spread).softmax(1).float()
-    return normal(*shape, seed=2) * scale, p
-
-
-def bound(delta: Tensor, p: Tensor, log: bool) -> Tensor:
-    """24 roundings of what the result is made of. Four in each expm1, at most eight additions and a product, then two
-    of the result; exp(m) may be 1/2 and doubles what went before. Past that float64: a rounding of the result, and
-    the reference near m = -log 2 may take the other form, which differs by how far the row of p is from a sum of 1."""
-    d, probs = delta.double().masked_fill(p == 0, 0.0), p.double()
-    m = torch.logsumexp(probs.log() + d, 2, keepdim=True)
-    x = torch.where(d > 0, -torch.exp(d - m) * torch.expm1(-d), -torch.exp(-m).clamp_max(1e30) * torch.expm1(d))
-    far = (m < -math.log(2)) | (d.amax(2, keepdim=True) > 60)
-    total = (probs * x).sum(2, keepdim=True)
-    moved = probs * torch.exp(d - m)
-    off = (probs.sum(1) - 1).abs()[:, None] + 2 * U
-    if log:
-        return torch.where(far, off + 2 * U * (delta - m).abs(), 24 * U * (delta.double().abs() + m.abs() + total))
-    return torch.where(far, off * moved + 2 * U * (moved - probs).abs(), 24 * U * probs * (x + total))
+from ops.cases.softmax_difference import SHAPES, U, bound, inputs
 
 
 @pytest.mark.parametrize("log", [False, True])
