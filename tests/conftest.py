@@ -1,13 +1,18 @@
-"""Strictness for every test: warnings are errors, one thread, no network of implicit settings."""
+"""Strictness for every test: warnings are errors, one thread, no network of implicit settings. The quick tier and the
+table of seconds."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from seconds import CpuSeconds
+from tiers import quick
 
 # What third parties emit, each with its source. Ours are errors.
 THIRD_PARTY_WARNINGS: tuple[str, ...] = (
@@ -18,13 +23,24 @@ THIRD_PARTY_WARNINGS: tuple[str, ...] = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", metavar="FILE", help="write the CPU seconds of every test file")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if (table := config.getoption("seconds")) is not None:
+        config.pluginmanager.register(CpuSeconds(Path(table)))
     config.addinivalue_line("filterwarnings", "error")
     for line in THIRD_PARTY_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
     torch.set_num_threads(1)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in quick(items):
+        item.add_marker("quick")
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import pytest
 
 import dzkernels
 from dzkernels.backends import has_kernel
+from tiers import QUICK, TESTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(dzkernels.__file__).parent
@@ -98,3 +99,10 @@ def test_no_test_imports_another() -> None:
             module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
             for part in ".".join([module, *names]).split("."):
                 assert not part.startswith("test_"), f"{path}:{node.lineno} imports {part}"
+
+
+def test_every_package_has_quick_tests() -> None:
+    places = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("test_*.py")}
+    assert places <= QUICK.keys()
+    for place in QUICK:
+        assert (TESTS / place).exists(), f"{place} is no test file or folder"
