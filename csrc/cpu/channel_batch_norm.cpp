@@ -1,4 +1,4 @@
-#include "plane_norm.h"
+#include "normed.h"
 
 namespace dz {
 namespace {
@@ -31,11 +31,11 @@ struct Plane {
 
 // out = dn, through the ReLU with y, plus gap. Without ZC only scale matters.
 template <bool ZC, bool RELU, bool GAP>
-void apply(const float* d, const float* zc, const float* y, const float* gap, float* out, const Coefficients& with,
-           int64_t size) {
+void apply(const float* d, const float* zc, const float* y, const float* gap, float* out,
+           const Coefficients<float>& with, int64_t size) {
   const auto step = [&](auto get, int64_t i) {
     Vec v = get(d + i);
-    v = ZC ? with.scale * (v - with.shift) - (with.pull * get(zc + i) + with.offset) : with.scale * v;
+    v = ZC ? with.scale * (v - with.shift) - (with.zc_scale * get(zc + i) + with.offset) : with.scale * v;
     if constexpr (RELU) v = relu_change(get(y + i), v);
     if constexpr (GAP) v += get(gap + i);
     return v;
@@ -46,11 +46,12 @@ void apply(const float* d, const float* zc, const float* y, const float* gap, fl
   }
   if (i < size) {
     const int64_t left = size - i;
-    store_first(out + i, step([left](const float* p) { return load_first(p, left); }, i), left);
+    store_first(out + i, step([left](const float* p) { return load_some(p, left); }, i), left);
   }
 }
 
-using Apply = void (*)(const float*, const float*, const float*, const float*, float*, const Coefficients&, int64_t);
+using Apply = void (*)(const float*, const float*, const float*, const float*, float*, const Coefficients<float>&,
+                       int64_t);
 
 Apply apply_for(bool zc, bool relu, bool gap) {
   if (zc) {
@@ -130,7 +131,7 @@ void DZ_KERNEL(channel_batch_norm)(const float* delta, const int64_t* channel, c
       const float* d = delta + p * M;
       const float* y_plane = own_y ? y_copy : y != nullptr ? y + c * yc : nullptr;
       const float* gap_plane = own_gap ? gap_copy : gap != nullptr ? gap + c * gc : nullptr;
-      Coefficients with = still_coefficients(var[c] + eps, gamma[c]);
+      Coefficients<float> with = evaluation_coefficients(var[c] + eps, gamma[c]);
 
       if (kept != c) {
         kept = c;
@@ -155,11 +156,11 @@ void DZ_KERNEL(channel_batch_norm)(const float* delta, const int64_t* channel, c
         }
         Moments sums = {};
         for (int64_t k = 0; k < blocks; ++k) sums += partial[k];
-        with = moved_coefficients(sums, shift, M, var[c] + eps, gamma[c], [&](double mean_d) {
+        with = training_coefficients(sums, shift, M, var[c] + eps, gamma[c], [&](double mean_d) {
           double after = 0.0;
           for (int64_t k = 0; k < blocks; ++k) {
             const int64_t first = k * kBlock;
-            after += moved_variance(zc + first, d + first, mean_d, lesser(M - first, kBlock));
+            after += perturbed_squares(zc + first, d + first, mean_d, lesser(M - first, kBlock));
           }
           return after / static_cast<double>(M) + eps;
         });
@@ -168,20 +169,20 @@ void DZ_KERNEL(channel_batch_norm)(const float* delta, const int64_t* channel, c
       const int64_t pieces = gap != nullptr ? strips.pieces : blocks;
 #pragma omp parallel for schedule(static) if (split)
       for (int64_t k = 0; k < pieces; ++k) {
-        const int64_t first = gap != nullptr ? strips.begin(k) : k * kBlock;
-        const int64_t count = gap != nullptr ? strips.end(k) - first : lesser(M - first, kBlock);
+        const Piece piece = gap != nullptr ? strips.piece(k) : Piece{0, 0, k * kBlock, lesser(M, (k + 1) * kBlock)};
+        const int64_t first = piece.begin, count = piece.end - first;
         float* moved = gap != nullptr ? pooled.data + (split ? omp_get_thread_num() : slot) * 2 * held : nullptr;
         run(d + first, zc + first, y_plane != nullptr ? y_plane + first : nullptr,
             gap != nullptr ? gap_plane + first : nullptr, gap != nullptr ? moved : out + p * M + first, with, count);
         if (gap == nullptr) continue;
         float *rows = moved + held, *to = rows;
-        for (int64_t q = strips.first(k); q <= strips.last(k); ++q, to += columns * pool) {
+        for (int64_t q = piece.first; q <= piece.last; ++q, to += columns * pool) {
           const float* from = moved + (strips.start(q) - first);
           int64_t at = rows_maximum<Vec>(from, to, pool, W, 0, columns * pool);
           if (kLanes > 4) at = rows_maximum<Float4>(from, to, pool, W, at, columns * pool);
           rows_maximum<float>(from, to, pool, W, at, columns * pool);
         }
-        neighbours_maximum(rows, out + (p * strips.count + strips.first(k)) * columns, pool, (to - rows) / pool);
+        neighbours_maximum(rows, out + (p * strips.count + piece.first) * columns, pool, (to - rows) / pool);
       }
     }
   }

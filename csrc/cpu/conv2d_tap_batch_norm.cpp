@@ -1,4 +1,5 @@
-#include "plane_norm.h"
+#include "epilogue.h"
+#include "normed.h"
 #include "taps.h"
 
 namespace dz {
@@ -6,39 +7,68 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // pixels at a time: of x, zc and what is made of them, in cache for all perturbations
 
-// What the weights that move read.
-struct Read {
+// Produces the change of a convolution's output where one weight is perturbed: the step times what its tap reads.
+struct Tap {
+  static constexpr bool kFloatSums = false;
+
   const Window& window;
   const float* x;        // [Cin, N, H, W]
   const int64_t* coord;  // [P, 4]
   const float* step;     // [P]
   int64_t N, in_per_group, out_per_group;
+  Strips blocks;
+  int64_t row;
 
-  int64_t out(int64_t p) const { return coord[4 * p]; }
-  const float* channel(int64_t p) const {
-    return x + (out(p) / out_per_group * in_per_group + coord[4 * p + 1]) * N * window.H * window.W;
+  static constexpr int64_t planes = 1;
+  int64_t floats() const { return row; }
+  int64_t channel(int64_t p, int64_t) const { return coord[4 * p]; }
+
+  const float* read(int64_t p) const {
+    return x + (coord[4 * p] / out_per_group * in_per_group + coord[4 * p + 1]) * N * window.H * window.W;
   }
   int64_t top(int64_t p) const { return coord[4 * p + 2] * window.dil_h - window.pad_h; }
   int64_t left(int64_t p) const { return coord[4 * p + 3] * window.dil_w - window.pad_w; }
 
-  // The differences of pixels `first` to `last`, whole rows.
-  void take(int64_t p, int64_t first, int64_t last, float* d) const {
+  const float* take(int64_t p, int64_t first, int64_t last, float* d) const {
     const int64_t Wo = window.Wo;
     by_image(window, first / Wo, last / Wo, [&](int64_t n, int64_t u, int64_t rows, int64_t at) {
-      tap_columns(window, channel(p) + n * window.H * window.W, u * window.stride_h + top(p), window.stride_h, rows,
+      tap_columns(window, read(p) + n * window.H * window.W, u * window.stride_h + top(p), window.stride_h, rows,
                   left(p), step[p], d + at * Wo);
     });
+    return d;
   }
 
-  // The mean of 16 pixels: near enough to the mean of all, so that sums about it do not cancel.
-  float shift(int64_t p) const {
+  // The mean of 16 pixels.
+  void shift(int64_t p, float* to) const {
     const int64_t M = N * window.Ho * window.Wo, seen = lesser(M, 16);
     double some = 0.0;
     for (int64_t k = 0; k < seen; ++k) {
-      some += tap_value(window, channel(p), M * k / seen, top(p), left(p));
+      some += tap_value(window, read(p), M * k / seen, top(p), left(p));
     }
-    return static_cast<float>(step[p] * some / static_cast<double>(seen));
+    *to = static_cast<float>(step[p] * some / static_cast<double>(seen));
   }
+};
+
+// Writes the changed planes as they are, out [P, N, Ho / pool, Wo / pool].
+struct Planes {
+  const BatchNorm& norm;
+  const double* beta;  // [C]
+  Strips strips;
+  bool relu;
+  float* out;
+
+  int64_t floats() const { return base_floats(strips); }
+  void prepare(const Piece& piece, int64_t, int64_t channel, float* base) const {
+    make_base(strips, piece.first, piece.last, norm.base(channel, piece.begin),
+              affine(norm.before(channel), norm.gamma[channel], beta[channel]), base);
+  }
+  void fetch(int64_t, const Piece&) const {}
+  void change(int64_t p, const Piece& piece, int64_t, const float* d, const float* zc, const Coefficients<float>& with,
+              const float* base) const {
+    change_strips(strips, piece.first, piece.last, norm.training, relu, d, zc, base,
+                  out + (p * strips.count + piece.first) * (strips.line / strips.pool), with);
+  }
+  void store(int64_t, const Piece&, const float*) const {}
 };
 
 }  // namespace
@@ -50,64 +80,14 @@ void DZ_KERNEL(conv2d_tap_batch_norm)(const float* x, const int64_t* coord, cons
                                       int64_t dil_w, int64_t in_per_group, int64_t out_per_group, int64_t pool,
                                       bool training, bool relu) {
   const Window window = {H, W, Ho, Wo, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w};
-  const Read read = {window, x, coord, step, N, in_per_group, out_per_group};
-  const int64_t M = N * Ho * Wo, columns = Wo / pool;
+  const int64_t M = N * Ho * Wo;
   if (M == 0 || P == 0) return;
-  const Strips blocks(N, Ho, Wo, 1, kBlock), strips(N, Ho, Wo, pool, kBlock);
-  const int64_t held = ceil_div(greater(blocks.widest, strips.widest), 16) * 16, each = held + base_floats(strips);
-  Scratch<float> scratch(omp_get_max_threads() * each), shifts(P);
-  Scratch<Moments> sums(training ? P * blocks.pieces : 0);
-  Scratch<Coefficients> coefficients(P);
-
-#pragma omp parallel
-  {
-    float *const d = scratch.data + omp_get_thread_num() * each, *const made = d + held;
-    // Blocks outside, perturbations inside: x and zc of a block stay in cache for all of them.
-    if (training) {
-#pragma omp for schedule(static)
-      for (int64_t p = 0; p < P; ++p) shifts.data[p] = read.shift(p);
-#pragma omp for schedule(static)
-      for (int64_t k = 0; k < blocks.pieces; ++k) {
-        const int64_t first = blocks.begin(k), last = blocks.end(k);
-        for (int64_t p = 0; p < P; ++p) {
-          read.take(p, first, last, d);
-          sums.data[p * blocks.pieces + k] = moments(d, zc + read.out(p) * M + first, shifts.data[p], last - first);
-        }
-      }
-    }
-#pragma omp for schedule(static)
-    for (int64_t p = 0; p < P; ++p) {
-      const int64_t o = read.out(p);
-      const double before = var[o] + eps;
-      if (!training) {
-        coefficients.data[p] = still_coefficients(before, gamma[o]);
-        continue;
-      }
-      Moments all = {};
-      for (int64_t k = 0; k < blocks.pieces; ++k) all += sums.data[p * blocks.pieces + k];
-      coefficients.data[p] = moved_coefficients(all, shifts.data[p], M, before, gamma[o], [&](double mean_d) {
-        double after = 0.0;
-        for (int64_t k = 0; k < blocks.pieces; ++k) {
-          const int64_t first = blocks.begin(k), last = blocks.end(k);
-          read.take(p, first, last, d);
-          after += moved_variance(zc + o * M + first, d, mean_d, last - first);
-        }
-        return after / static_cast<double>(M) + eps;
-      });
-    }
-#pragma omp for schedule(static)
-    for (int64_t k = 0; k < strips.pieces; ++k) {
-      const int64_t first = strips.begin(k), top = strips.first(k), bottom = strips.last(k);
-      for (int64_t p = 0; p < P; ++p) {
-        const int64_t o = read.out(p);
-        const Base base = base_of(var[o] + eps, gamma[o], beta[o]);
-        if (p == 0 || o != read.out(p - 1)) make_base(strips, top, bottom, zc + o * M + first, base, made);
-        read.take(p, first, strips.end(k), d);
-        change_strips(strips, top, bottom, training, relu, d, zc + o * M + first, made,
-                      out + (p * strips.count + top) * columns, coefficients.data[p], base);
-      }
-    }
-  }
+  const BatchNorm norm = {zc, var, gamma, eps, P, M, training};
+  const Planes to = {norm, beta, Strips(N, Ho, Wo, pool, kBlock), relu, out};
+  const Strips blocks(N, Ho, Wo, 1, kBlock);
+  const Tap tap = {
+      window, x, coord, step, N, in_per_group, out_per_group, blocks, greater(blocks.widest, to.strips.widest)};
+  Normed(norm, tap, to).run();
 }
 
 }  // namespace dz

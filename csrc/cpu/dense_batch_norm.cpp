@@ -1,4 +1,4 @@
-#include "norm.h"
+#include "batch_norm.h"
 
 namespace dz {
 namespace {
@@ -12,7 +12,7 @@ constexpr int64_t kBlock = 8192;              // floats of a block, about
 constexpr int64_t kCache = 512 << 10;         // bytes of differences that one thread keeps between two passes
 constexpr int kGroup = kLanes == 16 ? 4 : 2;  // vectors whose sums or coefficients are in registers
 constexpr int64_t kMoments = 3;               // of e = d - shift: sums of e, e^2, zc e
-enum Coefficient { kShift, kScale, kPull, kOffset, kCoefficients };  // dn = scale (d - shift) - (pull zc + offset)
+enum Coefficient { kShift, kScale, kZcScale, kOffset, kCoefficients };  // the members of Coefficients, in order
 
 int64_t row_length(int64_t C) {
   int64_t twos = C & -C;
@@ -31,41 +31,46 @@ struct Rows {
   int64_t tail;     // floats after those
 };
 
+// The first `count` lanes from memory, the others 0.
+template <typename T>
+DZ_INLINE Vec load_first(const T* from, int64_t count) {
+  float values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = to_float(from[i]);
+  return load<Vec>(values);
+}
+
 template <int N>
 struct Size {
   static constexpr int value = N;
 };
 
+DZ_INLINE void store_sums(const LaneSums& from, float* to, int64_t length) {
+  store(to, from.e);
+  store(to + length, from.e2);
+  store(to + 2 * length, from.ze);
+}
+
 // Sums over `rows` rows for the GROUP vectors that d points at.
 template <int GROUP, typename In>
 DZ_INLINE void add_rows(const In* d, const float* zc, const float* shift, float* sums, int64_t rows, int64_t length) {
-  Vec e1[GROUP], e2[GROUP], ze[GROUP], from[GROUP];
+  LaneSums own[GROUP];
+  Vec from[GROUP];
 #pragma GCC unroll 4
-  for (int g = 0; g < GROUP; ++g) {
-    e1[g] = e2[g] = ze[g] = Vec{};
-    from[g] = load<Vec>(shift + g * kLanes);
-  }
+  for (int g = 0; g < GROUP; ++g) from[g] = load<Vec>(shift + g * kLanes);
   for (int64_t r = 0; r < rows; ++r, d += length, zc += length) {
 #pragma GCC unroll 4
     for (int g = 0; g < GROUP; ++g) {
-      const Vec e = load_vec(d + g * kLanes) - from[g];
-      e1[g] += e;
-      e2[g] += e * e;
-      ze[g] += e * load<Vec>(zc + g * kLanes);
+      own[g].add(load_vec(d + g * kLanes) - from[g], load<Vec>(zc + g * kLanes));
     }
   }
 #pragma GCC unroll 4
-  for (int g = 0; g < GROUP; ++g) {
-    store(sums + g * kLanes, e1[g]);
-    store(sums + length + g * kLanes, e2[g]);
-    store(sums + 2 * length + g * kLanes, ze[g]);
-  }
+  for (int g = 0; g < GROUP; ++g) store_sums(own[g], sums + g * kLanes, length);
 }
 
 DZ_INLINE void add_one(Vec e, Vec zc, float* sums, int64_t length) {
-  store(sums, load<Vec>(sums) + e);
-  store(sums + length, load<Vec>(sums + length) + e * e);
-  store(sums + 2 * length, load<Vec>(sums + 2 * length) + e * zc);
+  LaneSums own = {load<Vec>(sums), load<Vec>(sums + length), load<Vec>(sums + 2 * length)};
+  own.add(e, zc);
+  store_sums(own, sums, length);
 }
 
 // sums[3, length] over one block of `size` floats.
@@ -117,13 +122,8 @@ DZ_INLINE Vec add_first(Vec v, const T* residual, int64_t count) {
   return v + load_first(residual, count);
 }
 
-struct Coefficients {
-  Vec shift, scale, pull, offset;
-  DZ_INLINE Vec change(Vec d, Vec zc) const { return scale * (d - shift) - (pull * zc + offset); }
-};
-
-DZ_INLINE Coefficients coefficients_at(const float* from, int64_t length) {
-  return {load<Vec>(from + kShift * length), load<Vec>(from + kScale * length), load<Vec>(from + kPull * length),
+DZ_INLINE Coefficients<Vec> coefficients_at(const float* from, int64_t length) {
+  return {load<Vec>(from + kShift * length), load<Vec>(from + kScale * length), load<Vec>(from + kZcScale * length),
           load<Vec>(from + kOffset * length)};
 }
 
@@ -131,7 +131,7 @@ DZ_INLINE Coefficients coefficients_at(const float* from, int64_t length) {
 template <int GROUP, bool RELU, typename In, typename Residual, typename Out>
 DZ_INLINE void apply_rows(const In* d, const float* zc, const Residual* residual, const float* y, Out* out,
                           const float* coefficients, int64_t rows, int64_t length) {
-  Coefficients own[GROUP];
+  Coefficients<Vec> own[GROUP];
 #pragma GCC unroll 4
   for (int g = 0; g < GROUP; ++g) own[g] = coefficients_at(coefficients + g * kLanes, length);
   for (int64_t at = 0; at < rows * length; at += length) {
@@ -167,7 +167,7 @@ void apply(const In* d, const float* zc, const Residual* residual, const float* 
                         length);
   }
   if (const int64_t left = rows.tail; left != 0) {
-    const Coefficients own = coefficients_at(coefficients + place, length);
+    const Coefficients<Vec> own = coefficients_at(coefficients + place, length);
     Vec v = add_first(own.change(load_first(d + i, left), load_first(zc + i, left)), skip(residual, i), left);
     if constexpr (RELU) v = relu_change(load_first(y + i, left), v);
     store_first(out + i, v, left);
@@ -249,24 +249,28 @@ void make_shift(const Norm& norm, const In* d, float* shift) {
   for (int64_t i = norm.C; i < norm.length; ++i) shift[i] = shift[i - norm.C];
 }
 
-// Mean of (zc + d - mean_d)^2 over one channel.
+// The mean of (zc + d - mean_d)^2 over one channel.
 template <typename In>
-double moved_variance(const float* zc, const In* d, double mean_d, int64_t size, int64_t C) {
+double perturbed_variance(const float* zc, const In* d, double mean_d, int64_t size, int64_t C) {
   double total = 0.0;
   for (int64_t i = 0; i < size; i += C) {
-    const double moved = zc[i] + (to_float(d[i]) - mean_d);
-    total += moved * moved;
+    const double perturbed = zc[i] + (to_float(d[i]) - mean_d);
+    total += perturbed * perturbed;
   }
   return total / static_cast<double>(size / C);
+}
+
+DZ_INLINE void store_coefficients(const Coefficients<float>& from, float* to, int64_t length) {
+  to[kShift * length] = from.shift;
+  to[kScale * length] = from.scale;
+  to[kZcScale * length] = from.zc_scale;
+  to[kOffset * length] = from.offset;
 }
 
 // Coefficients of one perturbation from its sums [blocks, kMoments, length]. `total` is scratch of as many float64.
 template <typename In>
 void finish(const Norm& norm, const In* d, const float* sums, int64_t blocks, double* total, float* coefficients) {
   const int64_t length = norm.length, C = norm.C;
-  const double pixels = static_cast<double>(norm.size / C);
-  float *shift = coefficients + kShift * length, *scale = coefficients + kScale * length;
-  float *pull = coefficients + kPull * length, *offset = coefficients + kOffset * length;
   for (int64_t i = 0; i < kMoments * length; ++i) total[i] = 0.0;
   for (int64_t b = 0; b < blocks; ++b, sums += kMoments * length) {
     for (int64_t i = 0; i < kMoments * length; i += 8) {
@@ -274,29 +278,19 @@ void finish(const Norm& norm, const In* d, const float* sums, int64_t blocks, do
     }
   }
   for (int64_t c = 0; c < C; ++c) {
-    const double before = norm.var[c] + norm.eps, s = __builtin_sqrt(before);
+    const double before = norm.var[c] + norm.eps;
+    float* to = coefficients + c;
     if (!norm.training) {
-      shift[c] = pull[c] = offset[c] = 0.0f;
-      scale[c] = static_cast<float>(norm.gamma[c] / s);
+      store_coefficients(evaluation_coefficients(before, norm.gamma[c]), to, length);
       continue;
     }
-    double e1 = 0.0, e2 = 0.0, ze = 0.0;
-    for (int64_t i = c; i < length; i += C) {
-      e1 += total[i];
-      e2 += total[length + i];
-      ze += total[2 * length + i];
-    }
-    const double mean_e = e1 / pixels, mean_d = shift[c] + mean_e;
-    const double dvar = (2 * ze + e2) / pixels - mean_e * mean_e;
-    double after = before + dvar;
-    if (after < before / 16) {  // four bits are gone: take the new variance from the moved values themselves
-      after = moved_variance(norm.zc + c, d + c, mean_d, norm.size, C) + norm.eps;
-    }
-    const double t = __builtin_sqrt(after), a = norm.gamma[c] / t;
-    shift[c] = static_cast<float>(mean_d);
-    scale[c] = static_cast<float>(a);
-    pull[c] = static_cast<float>(norm.gamma[c] * dvar / (s * t * (s + t)));
-    offset[c] = static_cast<float>(a * (mean_d - shift[c]));
+    Moments all = {};
+    for (int64_t i = c; i < length; i += C) all += {total[i], total[length + i], total[2 * length + i]};
+    const auto variance = [&](double mean_d) {
+      return perturbed_variance(norm.zc + c, d + c, mean_d, norm.size, C) + norm.eps;
+    };
+    store_coefficients(training_coefficients(all, to[kShift * length], norm.size / C, before, norm.gamma[c], variance),
+                       to, length);
   }
   for (int64_t i = C; i < length; ++i) {
     for (int64_t k = 0; k < kCoefficients; ++k) coefficients[k * length + i] = coefficients[k * length + i - C];
@@ -389,10 +383,11 @@ void dense(const Norm& norm, const In* delta, Out* out) {
             apply_block(norm, p0 + p, d + p * size + first, own, first, part, spread, out + (p0 + p) * size + first);
             continue;
           }
-          const int64_t first = strips.begin(k);
-          apply_block(norm, p0 + p, d + p * size + first, own, first, strips.end(k) - first, spread, moved);
-          for (int64_t q = strips.first(k); q <= strips.last(k); ++q) {
-            pool_row(moved + (strips.start(q) - first), norm.gap + strips.start(q), row,
+          const Piece piece = strips.piece(k);
+          apply_block(norm, p0 + p, d + p * size + piece.begin, own, piece.begin, piece.end - piece.begin, spread,
+                      moved);
+          for (int64_t q = piece.first; q <= piece.last; ++q) {
+            pool_row(moved + (strips.start(q) - piece.begin), norm.gap + strips.start(q), row,
                      out + ((p0 + p) * strips.count + q) * columns * C, pool, strips.line, columns, C);
           }
         }
