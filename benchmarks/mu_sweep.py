@@ -25,6 +25,9 @@ from torch.nn import functional as F
 
 import deepzero as dz
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from judge import judge
+
 ROOT = Path(__file__).resolve().parent.parent
 MUS = (1e-1, 3e-2, 1e-2, 5e-3, 1e-3, 1e-4, 1e-5, 5e-6, 1e-6, 5e-7, 1e-7, 1e-8)
 PLAIN_MU = (
@@ -99,13 +102,6 @@ def relative(got: Quotients, wanted: Quotients) -> float:
     return top / math.sqrt(sum(float(q.square().sum()) for q in wanted.values()))
 
 
-def worst_tensor(got: Quotients, wanted: Quotients) -> float:
-    """The largest |err_t| / (|q_t| + 1e-2 |q| / sqrt(tensors)) of any parameter tensor t."""
-    whole = math.sqrt(sum(float(q.square().sum()) for q in wanted.values()))
-    slack = 1e-2 * whole / math.sqrt(len(wanted))
-    return max(float((got[k] - q).norm()) / (float(q.norm()) + slack) for k, q in wanted.items())
-
-
 def cosine(got: Quotients, wanted: Quotients) -> float:
     a = torch.cat([got[k].flatten() for k in wanted])
     b = torch.cat([q.flatten() for q in wanted.values()])
@@ -130,9 +126,9 @@ def sweep(count: int, each: int) -> list[dict[str, object]]:
                     "method": name,
                     "mu": mu,
                     "error_same_step": relative(got, same),
-                    "worst_tensor_same_step": worst_tensor(got, same),
+                    "worst_tensor_same_step": judge(got, same).error,
                     "error_gradient": relative(got, slope),
-                    "worst_tensor_gradient": worst_tensor(got, slope),
+                    "worst_tensor_gradient": judge(got, slope).error,
                     "cosine_gradient": cosine(got, slope),
                     "reference": "plain float64" if mu >= PLAIN_MU else "propagated float64",
                 }

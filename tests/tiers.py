@@ -13,6 +13,7 @@ TESTS = Path(__file__).resolve().parent
 # 0 is none: what starts processes, compiles, runs whole models, or needs a library that the tests can do without.
 QUICK = {
     "test_helpers.py": 1,
+    "test_judge.py": 1,
     "test_layout.py": 1,
     "test_docs.py": 0,
     "test_build.py": 10,
@@ -23,7 +24,6 @@ QUICK = {
     "cli": 11,
     "data": 4,
     "estimators": 20,
-    "exactness/test_judge.py": 1,
     "exactness/test_huggingface.py": 0,
     "exactness/test_fused_convolutions.py": 0,
     "exactness": 60,

@@ -16,7 +16,7 @@ from deepzero.baselines import ForwardGE
 from deepzero.errors import BudgetError, ObjectiveError
 from deepzero.estimators.directions import DISTRIBUTIONS
 from estimators.small import batch, network, objective, random_mask
-from exactness.judge import autograd
+from judge import autograd
 
 
 def double(values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import judge
 from deepzero.capture import Bound, capture
 from deepzero.errors import CaptureError, ObjectiveError, StepError
 from deepzero.estimators import CGE, RGE
@@ -31,17 +32,10 @@ def mlp() -> nn.Module:
 
 @torch.no_grad()
 def quotients(model: nn.Module, objective: Any, batch: Any, mu: float = 1e-3) -> dict[str, Tensor]:
-    """Plain float64 forward differences of every coordinate."""
-    grads = {}
-    base = float(objective(model, batch))
-    for name, p in model.named_parameters():
-        grads[name] = torch.zeros_like(p)
-        for i in range(p.numel()):
-            saved = p.detach().view(-1)[i].item()
-            p.detach().view(-1)[i] = saved + mu
-            grads[name].view(-1)[i] = (float(objective(model, batch)) - base) / mu
-            p.detach().view(-1)[i] = saved
-    return grads
+    """Plain forward differences of every coordinate."""
+    parameters = dict(model.named_parameters())
+    everything = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in parameters.items()}
+    return judge.quotients(parameters, lambda: float(objective(model, batch)), everything, mu)[0]
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tol: float = 1e-5) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import deepzero as dz
 from estimators.small import batch, network, objective
-from exactness.judge import judge, tolerance
 from helpers import assert_exact
+from judge import judge, tolerance
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 

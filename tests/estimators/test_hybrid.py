@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deepzero.estimators import CGE, RGE, HybridGE, Mask
 from estimators.small import batch, network, objective, random_mask
-from exactness.judge import FLOAT32, judge, plain_quotients
+from judge import FLOAT32, judge, plain_quotients
 
 CHOICES: dict[str, tuple[Any, set[str]]] = {
     "default": (None, {"1.bias", "4.bias"}),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deepzero.errors import CheckpointError, ObjectiveError
 from deepzero.estimators import CGE, StaleGE
 from estimators.small import batch, network, objective, random_mask
-from exactness.judge import FLOAT32, judge, plain_quotients
+from judge import FLOAT32, judge, plain_quotients
 
 
 def descend(model: nn.Module) -> None:

@@ -14,9 +14,9 @@ import deepzero as dz
 import dzkernels
 from deepzero import fusion
 from dzkernels import backends
-from exactness.judge import WideCGE, judge, plain_quotients, sampled, tolerance
 from exactness.small import chain, cross_entropy, images
 from helpers import assert_exact
+from judge import WideCGE, judge, plain_quotients, sampled, tolerance
 
 
 @pytest.fixture

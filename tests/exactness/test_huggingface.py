@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exactness.judge import (
+from judge import (
     BFLOAT16,
     FLOAT32_TINY,
     MUS,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import deepzero as dz
-from exactness.judge import (
+from exactness.small import cross_entropy, images
+from judge import (
     BFLOAT16,
     FLOAT32_TINY,
     MUS,
@@ -25,7 +26,6 @@ from exactness.judge import (
     sampled,
     tolerance,
 )
-from exactness.small import cross_entropy, images
 
 # name -> model, images [n, c, size, size], random coordinates of each tensor beside the one with the largest gradient
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int]] = {

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import deepzero as dz
 from deepzero.errors import BudgetError
 from deepzero.estimators import directions
-from exactness.judge import FLOAT32, WideRGE, autograd, double_batch, double_copy, restored
+from judge import FLOAT32, WideRGE, autograd, double_batch, double_copy, restored
 
 DISTRIBUTIONS = ("gaussian", "sphere", "rademacher", "orthogonal")
 SCHEMES = ("forward", "central")

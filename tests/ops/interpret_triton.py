@@ -26,8 +26,8 @@ from deepzero.models import vit
 from deepzero.models.vit import Block
 from dzkernels import OPS, backends
 from dzkernels.triton import _config
-from exactness.judge import WideCGE, judge, plain_quotients, sampled, tolerance
 from helpers import assert_exact
+from judge import WideCGE, judge, plain_quotients, sampled, tolerance
 from ops.cases import self_attention_difference
 from ops.table import CASES, check
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import deepzero.run
+from judge import judge
 from rules.cases import Case, supervised
-from rules.judge import Subject, violations
+from rules.subject import Subject
 
 
 def _spiking(h: Tensor, *, soft: bool) -> Tensor:
@@ -118,7 +119,7 @@ def test_random_data(id: str) -> None:
     for mu in (1e-1, 1e-2, 1e-3):
         want, loss = subject.plain(mu)
         got = subject.ours(mu, "float32")
-        assert not (found := violations(got, want, 1e-5)), f"mu {mu:g}: {found}"
+        assert not (found := judge(got, want).faults(1e-5)), f"mu {mu:g}: {found}"
         noise = 64 * 2.0**-52 * max(1.0, abs(loss)) / mu
         for name in want:
             assert torch.equal(got[name].abs() > noise, want[name].abs() > noise), f"mu {mu:g}, {name}: other jumps"
@@ -158,4 +159,4 @@ def test_an_index_that_moves_is_right_and_loud(monkeypatch: pytest.MonkeyPatch) 
     want, _ = subject.plain(1e-1)
     with pytest.warns(UserWarning, match=r"^aten\.index\.Tensor has no difference rule"):
         got = subject.ours(1e-1, "float32")
-    assert not violations(got, want, 1e-5)
+    judge(got, want).check(1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helpers import small_ints
 from rules.cases import Case, seq, supervised
-from rules.judge import Subject
+from rules.subject import Subject
 
 
 def _integer_parameters(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

@@ -13,8 +13,9 @@ import deepzero as dz
 import deepzero.run
 from deepzero.errors import NoRuleError
 from deepzero.rules import RULES, rule
+from judge import judge
 from rules.cases import Case, Fn, readout, supervised
-from rules.judge import Subject, violations
+from rules.subject import Subject
 
 aten = torch.ops.aten
 
@@ -73,7 +74,7 @@ def test_the_fallback_is_right_and_warns_once() -> None:
     assert len(ours) == 1
     assert ours[0].startswith("aten.special_i0e.default has no difference rule: it is evaluated in float64")
     for mu, quotients in got.items():
-        assert not violations(quotients, subject.plain(mu)[0], 1e-5), f"mu {mu:g}"
+        assert not judge(quotients, subject.plain(mu)[0]).faults(1e-5), f"mu {mu:g}"
 
 
 def test_random_op_whose_distribution_moves_is_an_error() -> None:
@@ -117,9 +118,7 @@ def test_the_models_own_casts_do_not_make_the_base_pass_float32() -> None:
     for mu in (1e-2, 1e-6):
         got = dz.CGE(cast, OBJECTIVE, mu=mu, strict=True).estimate(batch).grads
         want = dz.CGE(plain, OBJECTIVE, mu=mu, strict=True, precision="float64").estimate(batch).grads
-        assert not violations(
-            {n: g.double().flatten() for n, g in got.items()}, {n: g.double().flatten() for n, g in want.items()}, 1e-5
-        )
+        judge(got, want).check(1e-5)
 
 
 def test_base_values_are_float64_at_every_node() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,14 +48,26 @@ class Verdict:
     worst: str
     angle: float
 
+    def faults(self, tol: float) -> list[str]:
+        """What is wrong unless every tensor is within ``tol`` and so is the angle. NaN is wrong."""
+        found = []
+        if not self.error <= tol:
+            found.append(f"{self.worst} is {self.error:.3g} off by the rule; allowed {tol:g}")
+        if not self.angle <= tol:
+            found.append(f"the whole vector is turned by {self.angle:.3g}; allowed {tol:g}")
+        return found
+
     def check(self, tol: float) -> None:
-        """AssertionError unless every tensor is within ``tol`` and so is the angle. NaN fails."""
-        assert self.error <= tol, f"{self.worst} is {self.error:.3g} off by the rule; allowed {tol:g}"
-        assert self.angle <= tol, f"the whole vector is turned by {self.angle:.3g}; allowed {tol:g}"
+        """AssertionError if there is a fault."""
+        found = self.faults(tol)
+        assert not found, "; ".join(found)
 
 
-def judge(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Verdict:
-    """Per parameter tensor: |err_t| <= tol |q_t| + tol 1e-2 |q_model| / sqrt(tensors), for the tol of the verdict."""
+def judge(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], noise: float = 0.0) -> Verdict:
+    """Per parameter tensor: |err_t| <= tol |q_t| + tol 1e-2 |q_model| / sqrt(tensors), for the tol of the verdict.
+
+    ``noise`` is the reference's own in one quotient: as much of an error is not counted.
+    """
     assert got.keys() == wanted.keys(), f"tensors differ: {sorted(got.keys() ^ wanted.keys())}"
     assert wanted, "nothing to judge"
     for name, q in wanted.items():
@@ -67,14 +79,23 @@ def judge(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Verdict:
     error, worst = 0.0, ""
     for name, q in wanted.items():
         off, scale = float((got[name].double() - q.double()).norm()), float(q.double().norm()) + slack
-        ratio = off / scale if scale > 0 else (0.0 if off == 0 else math.inf)
+        ratio = _ratio(off, noise * math.sqrt(q.numel()), scale)
         if not ratio <= error:
             error, worst = ratio, name
             if math.isnan(ratio):
                 break
     a, b = float(mine.norm()), float(flat.norm())
-    angle = float((mine / a - flat / b).norm()) if a > 0 and b > 0 else (0.0 if a == b else math.nan)
+    turned = float((mine / a - flat / b).norm()) if a > 0 and b > 0 else (0.0 if a == b else math.nan)
+    noisy = noise * math.sqrt(flat.numel())
+    angle = 0.0 if float((mine - flat).norm()) <= noisy else _ratio(turned, noisy / b if b > 0 else 0.0, 1.0)
     return Verdict(error, worst, angle)
+
+
+def _ratio(off: float, allowed: float, scale: float) -> float:
+    """What ``off`` has beyond ``allowed``, in units of ``scale``; NaN if it is NaN."""
+    if off <= allowed:
+        return 0.0
+    return (off - allowed) / scale if scale > 0 else math.inf if off == off else math.nan
 
 
 # --- references
@@ -134,17 +155,11 @@ def double_batch(batch: Any) -> Any:
     return pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, batch)
 
 
-def plain_quotients(model: nn.Module, objective: Objective, batch: Any, mask: Mask, mu: float) -> dict[str, Tensor]:
-    """(L(w + mu e_i) - L(w)) / mu in float64, one full forward a coordinate. Zero where the mask is False."""
-    twin, data = double_copy(model), double_batch(batch)
-    parameters = dict(twin.named_parameters())
-
-    def loss() -> float:
-        with restored(twin), Promoted(dtype_of(model)):
-            return float(objective(twin, data))
-
-    base = loss()
-    out = {}
+def quotients(
+    parameters: Mapping[str, Tensor], loss: Callable[[], float], mask: Mask, mu: float
+) -> tuple[dict[str, Tensor], float]:
+    """(L(w + mu e_i) - L(w)) / mu, one whole loss a coordinate and zero where the mask is False; and L(w)."""
+    base, out = loss(), {}
     with torch.no_grad():
         for name, chosen in mask.items():
             parameter = parameters[name]
@@ -154,7 +169,19 @@ def plain_quotients(model: nn.Module, objective: Objective, batch: Any, mask: Ma
                 parameter[at] = before + mu
                 out[name][at] = (loss() - base) / mu
                 parameter[at] = before
-    return out
+    return out, base
+
+
+def plain_quotients(model: nn.Module, objective: Objective, batch: Any, mask: Mask, mu: float) -> dict[str, Tensor]:
+    """(L(w + mu e_i) - L(w)) / mu in float64, one full forward a coordinate. Zero where the mask is False."""
+    twin, data = double_copy(model), double_batch(batch)
+    parameters = dict(twin.named_parameters())
+
+    def loss() -> float:
+        with restored(twin), Promoted(dtype_of(model)):
+            return float(objective(twin, data))
+
+    return quotients(parameters, loss, mask, mu)[0]
 
 
 def autograd(model: nn.Module, objective: Objective, batch: Any, mask: Mask | None = None) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exactness.judge import (
+from judge import (
     MUS,
     Promoted,
     Verdict,
@@ -113,6 +113,26 @@ def test_zero_against_zero_passes_and_anything_against_zero_fails():
         judge(vectors(), zeros).check(1e9)
     with pytest.raises(AssertionError):
         judge(zeros, vectors()).check(0.5)
+
+
+def test_a_bias_before_a_norm_is_allowed_rounding_of_the_whole_gradient():
+    wanted = {"w": torch.tensor([1.0], dtype=torch.float64), "b": torch.tensor([0.0], dtype=torch.float64)}
+    judge({"w": wanted["w"], "b": torch.tensor([6e-8]).double()}, wanted).check(1e-5)
+    with pytest.raises(AssertionError, match="b is"):
+        judge({"w": wanted["w"], "b": torch.tensor([8e-8]).double()}, wanted).check(1e-5)
+
+
+def test_the_noise_of_the_reference_is_allowed_and_no_more():
+    wanted, got = vectors(), vectors()
+    got["b"] = got["b"] + 1e-3
+    judge(got, wanted, 1.01e-3).check(0.0)
+    with pytest.raises(AssertionError, match="b is"):
+        judge(got, wanted, 0.99e-3).check(1e-7)
+    got["b"][3] = math.nan
+    with pytest.raises(AssertionError, match="b is"):
+        judge(got, wanted, 1e3).check(1e9)
+    zeros = {name: torch.zeros(50, dtype=torch.float64) for name in "abcd"}
+    judge({name: q + 1e-9 for name, q in zeros.items()}, zeros, 1e-9 * (1 + 1e-12)).check(0.0)
 
 
 def test_the_bars():
