@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,6 +26,16 @@ def running(runner: str) -> Iterator[None]:
         if level:
             stack.enter_context(dzkernels.use_isa(level))
         yield
+
+
+def pooled(rows: Sequence[Any], size: Callable[[Any], Sequence[int]]) -> list[Any]:
+    """Each shape of ``rows``, pytest.params of one value, with each window of 1, 2 or 3 that fits into its size."""
+    return [
+        pytest.param(*row.values, pool, id=f"{row.id}-{pool}")
+        for row in rows
+        for pool in (1, 2, 3)
+        if pool <= min(size(*row.values))
+    ]
 
 
 # Half an epsilon: the largest relative error of one rounding.

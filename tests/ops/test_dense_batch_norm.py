@@ -11,21 +11,18 @@ from torch import Tensor
 
 import dzkernels
 from dzkernels._norm import moments
-from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
+from helpers import RUNNERS, UNIT, assert_bounded, assert_exact, integers, normal, pooled, running, small_ints, strided
 from ops.cases.dense_batch_norm import EPS, SHAPES, TERMS, by_rerun, inputs, largest, last
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("residual", [None, "dense", "bfloat16", "channel"])
-@pytest.mark.parametrize("pool", [1, 2, 3])
 @pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "pool"), pooled(SHAPES, lambda shape: shape[3:]))
 def test_is_a_float64_rerun(
     shape: tuple[int, ...], runner: str, pool: int, residual: str | None, relu: bool, training: bool
 ) -> None:
-    if pool > min(shape[3:]):
-        pool = 1
     for scale in (1.0, 1e-3):
         args = inputs(shape, scale, pool)
         if residual == "channel":
