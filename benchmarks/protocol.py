@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from deepzero.plots import plot_ablation
+from deepzero.report.plots import plot_ablation
 from deepzero.training import ablate, studies
 from deepzero.training.ablate import Row, Study, by_label, mean_and_spread
 from deepzero.training.studies import STUDIES, equal_queries, protocol

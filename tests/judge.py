@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepzero import CGE, RGE
-from deepzero.estimators.base import Mask, Objective
+from deepzero.objective import Mask, Objective
 
 MUS = (1e-1, 1e-2, 5e-3, 1e-4, 1e-6, 1e-8)
 PLAIN_MU = 1e-4  # the smallest step at which a plain float64 quotient is a reference: its noise is about 1e-16 / mu

@@ -103,8 +103,8 @@ def test_commands_exist(page: Path) -> None:
 
 @pages
 def test_configurations_load(page: Path, tmp_path: Path) -> None:
+    from deepzero.training.build import build_trainer, prepare
     from deepzero.training.config import load_config
-    from deepzero.training.run import build_trainer, prepare
 
     for text in blocks(page, "toml"):
         (tmp_path / "run.toml").write_text(text, encoding="utf-8")

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from .carriers import Carrier, Dense, Zero, dense
 from .errors import ObjectiveError
-from .rules.table import rule
 
 if TYPE_CHECKING:
-    from .run import Block
+    pass
+
 
 _boxes: weakref.WeakValueDictionary[int, BlackBox] = weakref.WeakValueDictionary()
 _handles = itertools.count()
@@ -92,28 +91,6 @@ def _result_dtype(inputs: list[Tensor]) -> torch.dtype:
 def _fake(handle: int, inputs: list[Tensor]) -> Tensor:
     shape = _boxes[handle]._seen[_shapes(inputs)]  # the ordinary call of the same step has been here
     return inputs[0].new_empty(shape, dtype=_result_dtype(inputs))
-
-
-@rule(torch.ops.deepzero.blackbox.default)
-def _rule(run: Block, node: fx.Node) -> Carrier:
-    """f(x + dx) - f(x) in float64; all perturbations as one call when rows are independent."""
-    box, args = _boxes[node.args[0]], node.args[1]  # type: ignore[index]
-    before = run.exact(node).double()
-    if box.batched:
-        rows = []
-        for arg in args:  # type: ignore[union-attr]
-            base, d = run.exact(arg), run.d(arg)
-            still = base.unsqueeze(0).expand(run.count, *base.shape)
-            moved = still if d is Zero else still.double() + dense(d).double()
-            if d is not Zero and not base.is_floating_point():
-                moved = moved != 0 if base.dtype is torch.bool else moved.round().to(base.dtype)
-            rows.append(moved.flatten(0, 1))
-        after = box.evaluate(rows).unflatten(0, (run.count, -1))
-    else:
-        after = torch.stack(
-            [box.evaluate([run.moved(arg, p) for arg in args]) for p in range(run.count)]  # type: ignore[union-attr]
-        )
-    return Dense((after - before).to(run.dtype))
 
 
 def blackbox(

@@ -86,7 +86,7 @@ def train(
 ) -> None:
     """Train a network by zeroth-order gradients, then by first-order ones under the same masks and schedule."""
     from .training.config import load_config
-    from .training.run import start
+    from .training.launch import start
 
     place = folder or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     with _exit_codes(place):
@@ -96,7 +96,7 @@ def train(
 @app.command()
 def resume(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
     """Go on with a run from its last checkpoint, bit for bit."""
-    from .training import run as runs
+    from .training import launch as runs
 
     with _exit_codes(run):
         _report(run, runs.resume(run))
@@ -123,7 +123,7 @@ def ablate(
 
     The same command goes on where it was stopped. Give several --sweep for every combination.
     """
-    from .plots import new_figure, plot_ablation
+    from .report.plots import new_figure, plot_ablation
     from .training import ablate as ablation
 
     place = folder or Path("runs", f"ablate-{name or 'sweep'}")
@@ -176,7 +176,7 @@ def check(
 ) -> None:
     """Compare sampled coordinates of a model with float64, layer by layer, and name ops that fell back."""
     with _exit_codes():
-        from .check import check as compare
+        from .report.check import check as compare
 
         estimator, sample = _subject(config, overrides, model, objective, batch)
         report = compare(
@@ -206,7 +206,7 @@ def prune(
     sparsity.always_on and sparsity.score_options of the configuration apply; each score takes the options it knows.
     """
     with _exit_codes():
-        from .plots import plot_ratios
+        from .report.plots import plot_ratios
         from .training.config import load_config
         from .training.policies import options_by_score, scored
 
@@ -253,7 +253,7 @@ def info() -> None:
 
 
 def _report(folder: Path, outcomes: list[Any]) -> None:
-    from .plots import plot_run
+    from .report.plots import plot_run
 
     width = max(12, *(len(outcome.label) for outcome in outcomes))
     typer.echo(
@@ -270,7 +270,7 @@ def _report(folder: Path, outcomes: list[Any]) -> None:
 
 def _ratio_table(found: Mapping[str, LayerRatios], spent: Mapping[str, int]) -> str:
     """A row a parameter: for every score the fraction pruned and the number kept."""
-    from .plan import table
+    from .text import aligned
 
     first = next(iter(found.values()))
     rows = [["parameter", "shape", *(cell for name in found for cell in (name, "kept"))]]
@@ -281,7 +281,7 @@ def _ratio_table(found: Mapping[str, LayerRatios], spent: Mapping[str, int]) -> 
     totals = [sum(ratios.kept.values()) for ratios in found.values()]
     rows.append(["all", f"{size:,}", *(cell for kept in totals for cell in (f"{1 - kept / size:.4f}", f"{kept:,}"))])
     values = ", ".join(f"{name} {count:,}" for name, count in spent.items())
-    return "\n".join([*table(rows), f"loss values spent: {values}"])
+    return "\n".join([*aligned(rows), f"loss values spent: {values}"])
 
 
 def _subject(
@@ -291,8 +291,8 @@ def _subject(
 
     The options of the configuration's estimator are used when it is CGE, the only one that plans and is checked.
     """
+    from .training.build import build_estimator, build_loader, build_model, classification_loss, prepare
     from .training.config import EstimatorSection, load_config
-    from .training.run import build_estimator, build_loader, build_model, classification_loss, prepare
 
     settings = load_config(config, overrides or ())
     if settings.estimator.name != "cge":

@@ -18,16 +18,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from .base import Base, interpret
-from .capture import Bound, Cache, Graph
+from .base_pass import Base, interpret
 from .carriers import Carrier, OneEntry
+from .device import Device, device_for
 from .errors import CaptureError, DeviceError, ObjectiveError, StepError
-from .estimators.base import Mask, Objective
-from .estimators.checks import check_loss, selected
+from .execute.pieces import in_pieces
+from .execute.replay import Replayer
+from .execute.run_block import run_block
 from .fusion import Pattern, Step, around_convolutions, schedule
-from .plan import Route, budget, in_pieces, reach, route
-from .replay import Device, Replayer, device_for
-from .run import run_block
+from .graph.bound import Bound
+from .graph.cache import Cache
+from .graph.graph import Graph
+from .objective import Mask, Objective, check_loss, selected
+from .plan import Route, budget, reach, route
 from .state import cloned_buffers, model_kept, one_thread, random_state, random_state_kept, set_random_state
 
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -244,7 +247,9 @@ class Engine:
     ) -> Tensor:
         """Loss differences [P] float64 when the named parameters move as given."""
         seeds = {node: c for name, c in moved.items() for node in base.graph.placeholders(name)}
-        return run_block(base, steps, seeds, count, operands=self.operands, strict=self.strict, observe=observe)
+        return run_block(
+            base, steps, seeds, count, operands=self.operands, strict=self.strict, warned=self._warned, observe=observe
+        )
 
     def differences(self, base: Base, name: str, where: Tensor, step: float) -> Tensor:
         """Loss differences [n] float64 when each coordinate of where [n, rank] of one parameter moves by ``step``.

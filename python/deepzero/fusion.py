@@ -18,7 +18,7 @@ import dzkernels
 from dzkernels import backends
 from dzkernels._norm import window_gap
 
-from .base import Layouts
+from .base_pass import Layouts
 from .carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, select
 from .rules.attention import attention_base, attention_scale
 from .rules.linear import Geometry
@@ -26,7 +26,7 @@ from .rules.loss import plain_labels
 from .rules.norm import UPDATING, centred, layer_base
 
 if TYPE_CHECKING:
-    from .run import Block
+    from .block import Block
 
 aten = torch.ops.aten
 
@@ -142,7 +142,7 @@ def _norm_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, .
     if found is None:
         return None
     nodes, parts = found
-    return nodes, _norm_name(parts), lambda run: _run_norm(run, parts)
+    return nodes, _norm_name(parts), lambda block: _run_norm(block, parts)
 
 
 def _norm_name(parts: _Norm) -> str:
@@ -196,32 +196,32 @@ def _square_pool(node: Any) -> int:
     return int(kernel[0]) if square and plain else 0
 
 
-def _run_norm(run: Block, parts: _Norm) -> Carrier | None:
+def _run_norm(block: Block, parts: _Norm) -> Carrier | None:
     x, gamma, beta = parts.norm.args[:3]
     training, eps, mean, var = _statistics(parts.norm)
-    if run.dtype is not torch.float32 or run.raw(mean) is not Zero or run.raw(var) is not Zero:
+    if block.dtype is not torch.float32 or block.raw(mean) is not Zero or block.raw(var) is not Zero:
         return None
-    d, extra = run.raw(x), run.raw(parts.residual)
-    affine = [c for c in (run.raw(gamma), run.raw(beta)) if c is not Zero]
-    zc, v, y, gap = _saved(run, parts)
+    d, extra = block.raw(x), block.raw(parts.residual)
+    affine = [c for c in (block.raw(gamma), block.raw(beta)) if c is not Zero]
+    zc, v, y, gap = _saved(block, parts)
     after: dict[str, Any] = {"relu": parts.relu is not None, "pool": parts.pool}
     if isinstance(d, Dense) and not affine:
         if isinstance(extra, OneChannel) and extra.dim != 1:
             return None
         return Dense(
             dzkernels.dense_batch_norm(
-                **_dense_norm(run, parts, d, extra), gap=gap.images if gap is not None else None, pool=parts.pool,
-                out_dtype=run.operands,
+                **_dense_norm(block, parts, d, extra), gap=gap.images if gap is not None else None, pool=parts.pool,
+                out_dtype=block.operands,
             )
         )  # fmt: skip
     if isinstance(d, Dense) and all(isinstance(c, Dense) for c in (*affine, *([] if extra is Zero else [extra]))):
-        return _run_moving_affine(run, parts, (zc, v, y, gap), training, eps)
+        return _run_moving_affine(block, parts, (zc, v, y, gap), training, eps)
     if extra is not Zero:
         return None
     after |= {"y": y.planes if y is not None else None, "gap": gap.planes if gap is not None else None}
     nothing = torch.zeros_like(v)
     if isinstance(d, OneChannel) and d.dim == 1 and not affine:
-        channel, weight = d.channel, None if gamma is None else run.exact(gamma)
+        channel, weight = d.channel, None if gamma is None else block.exact(gamma)
         out = dzkernels.channel_batch_norm(
             d.values, channel, zc.planes, nothing, v, weight, eps=eps, training=training, **after
         )
@@ -229,41 +229,45 @@ def _run_norm(run: Block, parts: _Norm) -> Carrier | None:
         # a coordinate of the affine part moves the norm's output by step, or step times the normalised input
         channel, n = entry.index[:, 0], len(entry.step)
         step = entry.step.reshape(n, 1, 1, 1)
-        if run.raw(gamma) is Zero:
-            moved = step.expand(n, *[k for i, k in enumerate(run.exact(x).shape) if i != 1])
+        if block.raw(gamma) is Zero:
+            moved = step.expand(n, *[k for i, k in enumerate(block.exact(x).shape) if i != 1])
         else:
-            scale = (1 / (v + eps).sqrt())[channel].to(run.dtype).reshape(n, 1, 1, 1)
+            scale = (1 / (v + eps).sqrt())[channel].to(block.dtype).reshape(n, 1, 1, 1)
             moved = select(zc.planes, 1, channel) * (step * scale)
         out = dzkernels.channel_batch_norm(
             moved, channel, zc.planes, nothing, nothing + 1, eps=0.0, training=False, **after
         )
     else:
         return None
-    return OneChannel(tuple(run.exact(parts.out).shape), 1, channel, out)
+    return OneChannel(tuple(block.exact(parts.out).shape), 1, channel, out)
 
 
-def _dense_norm(run: Block, parts: _Norm, d: Dense, extra: Any) -> dict[str, Any]:
+def _dense_norm(block: Block, parts: _Norm, d: Dense, extra: Any) -> dict[str, Any]:
     """What dense_batch_norm and batch_norm_conv2d take alike, where neither weight nor bias of the norm moves."""
     training, eps, _, _ = _statistics(parts.norm)
     x, gamma = parts.norm.args[:2]
-    zc, var, y, _ = _saved(run, parts)
+    zc, var, y, _ = _saved(block, parts)
     return {
         "delta": d.values,
         "zc": zc.images,
         "var": var,
-        "gamma": None if gamma is None else run.exact(gamma),
+        "gamma": None if gamma is None else block.exact(gamma),
         "eps": eps,
         "training": training,
         "residual": None if extra is Zero else extra.values,
         "residual_channel": extra.channel if isinstance(extra, OneChannel) else None,
         "y": y.images if y is not None else None,
         "relu": parts.relu is not None,
-        "moments": run.moments.get(x) if training else None,  # type: ignore[arg-type]
+        "moments": block.moments.get(x) if training else None,  # type: ignore[arg-type]
     }
 
 
 def _run_moving_affine(
-    run: Block, parts: _Norm, saved: tuple[Layouts, Tensor, Layouts | None, Layouts | None], training: bool, eps: float
+    block: Block,
+    parts: _Norm,
+    saved: tuple[Layouts, Tensor, Layouts | None, Layouts | None],
+    training: bool,
+    eps: float,
 ) -> Carrier:
     """Everything moves, as with random directions: (gamma + dgamma) d(hat) + dgamma hat + dbeta, one p at a time.
 
@@ -271,12 +275,14 @@ def _run_moving_affine(
     """
     x, gamma, beta = parts.norm.args[:3]
     zc, v, y, gap = saved
-    d, extra = run.raw(x), run.raw(parts.residual)
-    dgamma, dbeta = run.raw(gamma), run.raw(beta)
-    hat = run.saved(parts.norm, "hat", lambda: zc.images * (1 / (v + eps).sqrt()).to(run.dtype).reshape(1, -1, 1, 1))
+    d, extra = block.raw(x), block.raw(parts.residual)
+    dgamma, dbeta = block.raw(gamma), block.raw(beta)
+    hat = block.saved(
+        parts.norm, "hat", lambda: zc.images * (1 / (v + eps).sqrt()).to(block.dtype).reshape(1, -1, 1, 1)
+    )
     out = []
-    for p in range(run.count):
-        weight, shift = run.exact(gamma), torch.zeros((), dtype=run.dtype, device=hat.device)
+    for p in range(block.count):
+        weight, shift = block.exact(gamma), torch.zeros((), dtype=block.dtype, device=hat.device)
         if dgamma is not Zero:
             weight = weight + dgamma.values[p]
             shift = hat * dgamma.values[p].reshape(-1, 1, 1)
@@ -285,7 +291,7 @@ def _run_moving_affine(
         if extra is not Zero:
             shift = shift + extra.values[p]
         moved = dzkernels.dense_batch_norm(
-            d.values[p : p + 1], zc.images, v, weight, eps=eps, training=training, out_dtype=run.operands,
+            d.values[p : p + 1], zc.images, v, weight, eps=eps, training=training, out_dtype=block.operands,
             residual=shift.expand(hat.shape).unsqueeze(0), y=y.images if y is not None else None,
             gap=gap.images if gap is not None else None, relu=parts.relu is not None, pool=parts.pool,
         )  # fmt: skip
@@ -301,30 +307,30 @@ def _statistics(norm: fx.Node) -> tuple[bool, float, Any, Any]:
     return bool(rest[2]), float(rest[4]), rest[0], rest[1]  # type: ignore[arg-type]
 
 
-def _saved(run: Block, parts: _Norm) -> tuple[Layouts, Tensor, Layouts | None, Layouts | None]:
+def _saved(block: Block, parts: _Norm) -> tuple[Layouts, Tensor, Layouts | None, Layouts | None]:
     training, _, mean, var = _statistics(parts.norm)
-    return run.saved(parts.norm, "fused", lambda: _saves(run, parts, training, mean, var))  # type: ignore[no-any-return]
+    return block.saved(parts.norm, "fused", lambda: _saves(block, parts, training, mean, var))  # type: ignore[no-any-return]
 
 
 def _saves(
-    run: Block, parts: _Norm, training: bool, mean: Any, var: Any
+    block: Block, parts: _Norm, training: bool, mean: Any, var: Any
 ) -> tuple[Layouts, Tensor, Layouts | None, Layouts | None]:
     """Centred input and variance of the norm, value before the ReLU, and distance from the winner of each window."""
-    z = run.exact(parts.norm.args[0])
+    z = block.exact(parts.norm.args[0])
     if training:
         zc, v = centred(z, [0, 2, 3])
         v = v.reshape(-1)
     else:
-        v = run.exact(var).double()
-        zc = z - run.exact(mean).reshape(1, -1, 1, 1)
-    y = run.exact(parts.before_relu)
-    gap = window_gap(y, run.exact(parts.out), parts.pool) if parts.pool > 1 else None
+        v = block.exact(var).double()
+        zc = z - block.exact(mean).reshape(1, -1, 1, 1)
+    y = block.exact(parts.before_relu)
+    gap = window_gap(y, block.exact(parts.out), parts.pool) if parts.pool > 1 else None
     relu = parts.relu is not None
     return (
-        Layouts(zc, run.dtype),
+        Layouts(zc, block.dtype),
         v,
-        Layouts(y, run.dtype) if relu else None,
-        Layouts(gap, run.dtype) if gap is not None else None,
+        Layouts(y, block.dtype) if relu else None,
+        Layouts(gap, block.dtype) if gap is not None else None,
     )
 
 
@@ -355,14 +361,18 @@ def _norm_and_convolution(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx
     parts = None if user is None or before.pool > 1 or user.args[0] is not before.out else _around(user, inside, before)
     if parts is None:
         return None
-    return (*nodes, parts.conv), f"{_norm_name(before)}+{_conv_name(parts)}", lambda run: _run_convolution(run, parts)
+    return (
+        (*nodes, parts.conv),
+        f"{_norm_name(before)}+{_conv_name(parts)}",
+        lambda block: _run_convolution(block, parts),
+    )
 
 
 def _convolution_and_moments(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
     parts = _around(node, inside, None)
     if parts is None or parts.after is None or node.args[0] not in inside:
         return None
-    return (node,), _conv_name(parts), lambda run: _run_convolution(run, parts)
+    return (node,), _conv_name(parts), lambda block: _run_convolution(block, parts)
 
 
 def _conv_name(parts: _Convolution) -> str:
@@ -389,26 +399,26 @@ def _around(conv: fx.Node, inside: set[fx.Node], before: _Norm | None) -> _Convo
     return _Convolution(before, conv, after) if taken * strips < alone else None
 
 
-def _run_convolution(run: Block, parts: _Convolution) -> Carrier | None:
+def _run_convolution(block: Block, parts: _Convolution) -> Carrier | None:
     conv, before, after = parts.conv, parts.before, parts.after
     still = [*conv.args[1:3], *(before.norm.args[1:5] if before is not None else ())]
-    d, extra = run.raw((before.norm if before is not None else conv).args[0]), run.raw(before and before.residual)
-    if run.dtype is not torch.float32 or not isinstance(d, Dense) or any(run.raw(n) is not Zero for n in still):
+    d, extra = block.raw((before.norm if before is not None else conv).args[0]), block.raw(before and before.residual)
+    if block.dtype is not torch.float32 or not isinstance(d, Dense) or any(block.raw(n) is not Zero for n in still):
         return None
     if not (extra is Zero or isinstance(extra, Dense) or (isinstance(extra, OneChannel) and extra.dim == 1)):
         return None
-    weight, spacing = run.low(conv.args[1]).to(run.operands), Geometry(conv).spacing
-    next_zc = _saved(run, after)[0].images if after is not None else None
+    weight, spacing = block.low(conv.args[1]).to(block.operands), Geometry(conv).spacing
+    next_zc = _saved(block, after)[0].images if after is not None else None
     result: Tensor | tuple[Tensor, Tensor]
     if before is None:
-        result = dzkernels.dense_conv2d(d.values.to(run.operands), weight, **spacing, next_zc=next_zc)
+        result = dzkernels.dense_conv2d(d.values.to(block.operands), weight, **spacing, next_zc=next_zc)
     else:
         del spacing["groups"]
-        moved = _dense_norm(run, before, d, extra)
+        moved = _dense_norm(block, before, d, extra)
         result = dzkernels.batch_norm_conv2d(weight=weight, **moved, **spacing, next_zc=next_zc)
     out, left = result if isinstance(result, tuple) else (result, None)
     if left is not None:
-        run.moments[conv] = left
+        block.moments[conv] = left
     return Dense(out)
 
 
@@ -425,7 +435,7 @@ def _convolution_and_norm(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx
     nodes, parts = (node, *found[0]), found[1]
     mean = _mean_of_images(_only_user(parts.out, inside), node)
     name = f"conv2d+{_norm_name(parts)}{'' if mean is None else '+mean'}"
-    return (*nodes, *([] if mean is None else [mean])), name, lambda run: _run_conv_norm(run, node, parts, mean)
+    return (*nodes, *([] if mean is None else [mean])), name, lambda block: _run_conv_norm(block, node, parts, mean)
 
 
 _WHOLE = 1 << 11
@@ -441,31 +451,31 @@ def _mean_of_images(node: fx.Node | None, conv: fx.Node) -> fx.Node | None:
     return node if small and {dim % 4 for dim in dims} == {2, 3} else None
 
 
-def _run_conv_norm(run: Block, conv: fx.Node, parts: _Norm, mean: fx.Node | None) -> Carrier | None:
-    dx, dw = run.raw(conv.args[0]), run.raw(conv.args[1])
+def _run_conv_norm(block: Block, conv: fx.Node, parts: _Norm, mean: fx.Node | None) -> Carrier | None:
+    dx, dw = block.raw(conv.args[0]), block.raw(conv.args[1])
     gamma, beta = parts.norm.args[1:3]
-    if run.dtype is not torch.float32 or any(run.raw(n) is not Zero for n in (conv.args[2], *parts.norm.args[1:5])):
+    if block.dtype is not torch.float32 or any(block.raw(n) is not Zero for n in (conv.args[2], *parts.norm.args[1:5])):
         return None
     geometry, (training, eps, _, _) = Geometry(conv), _statistics(parts.norm)
     one_weight = dx is Zero and isinstance(dw, OneEntry)
     one_channel = dw is Zero and isinstance(dx, OneChannel) and dx.dim == 1 and geometry.groups == 1
     if not (one_weight or one_channel):
         return None
-    zc, var, _, _ = _saved(run, parts)
+    zc, var, _, _ = _saved(block, parts)
     norm: dict[str, Any] = {
         "zc": zc.planes,
         "var": var,
-        "gamma": None if gamma is None else run.exact(gamma),
-        "beta": None if beta is None else run.exact(beta),
+        "gamma": None if gamma is None else block.exact(gamma),
+        "beta": None if beta is None else block.exact(beta),
         "eps": eps,
         "training": training,
         "relu": parts.relu is not None,
         "pool": parts.pool,
     }
-    shape = tuple(run.exact(parts.out if mean is None else mean).shape)
+    shape = tuple(block.exact(parts.out if mean is None else mean).shape)
     if one_weight:
         out = dzkernels.conv2d_tap_batch_norm(
-            run.planes(conv.args[0]),  # type: ignore[arg-type]
+            block.planes(conv.args[0]),  # type: ignore[arg-type]
             dw.index,
             dw.step,
             kernel=dw.shape[2:],
@@ -473,12 +483,18 @@ def _run_conv_norm(run: Block, conv: fx.Node, parts: _Norm, mean: fx.Node | None
             **norm,
         )
         out = out if mean is None else out.mean((2, 3), keepdim=True)
-        return OneChannel(shape, 1, dw.index[:, 0], out.reshape(run.count, shape[0], *shape[2:]))
+        return OneChannel(shape, 1, dw.index[:, 0], out.reshape(block.count, shape[0], *shape[2:]))
     spacing = {name: value for name, value in geometry.spacing.items() if name != "groups"}
     out = dzkernels.channel_conv2d_batch_norm(
-        dx.values, dx.channel, run.low(conv.args[1]), **spacing, **norm, mean=mean is not None, out_dtype=run.operands
+        dx.values,
+        dx.channel,
+        block.low(conv.args[1]),
+        **spacing,
+        **norm,
+        mean=mean is not None,
+        out_dtype=block.operands,
     )
-    return Dense(out if mean is None else out.reshape(run.count, *shape))
+    return Dense(out if mean is None else out.reshape(block.count, *shape))
 
 
 # --- linear + cross-entropy of labels, for a difference in one feature
@@ -490,18 +506,18 @@ def _head_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, .
     loss = _only_user(node, inside)
     if loss is None or loss.target is not aten.cross_entropy_loss.default or loss.args[0] is not node:
         return None
-    return (node, loss), "linear+cross_entropy", lambda run: _run_head(run, node, loss)
+    return (node, loss), "linear+cross_entropy", lambda block: _run_head(block, node, loss)
 
 
-def _run_head(run: Block, layer: fx.Node, loss: fx.Node) -> Carrier | None:
-    d = run.raw(layer.args[0])
-    still = all(run.raw(n) is Zero for n in [*layer.args[1:], *loss.args[1:]])
-    if not (isinstance(d, OneChannel) and d.dim == 1 and still and run.dtype is torch.float32):
+def _run_head(block: Block, layer: fx.Node, loss: fx.Node) -> Carrier | None:
+    d = block.raw(layer.args[0])
+    still = all(block.raw(n) is Zero for n in [*layer.args[1:], *loss.args[1:]])
+    if not (isinstance(d, OneChannel) and d.dim == 1 and still and block.dtype is torch.float32):
         return None
-    (label, scale), log_p = plain_labels(run, loss)
+    (label, scale), log_p = plain_labels(block, loss)
     if label is None or scale is not None:
         return None
-    return Dense(dzkernels.channel_linear_cross_entropy(d.values, d.channel, run.low(layer.args[1]), log_p, label))
+    return Dense(dzkernels.channel_linear_cross_entropy(d.values, d.channel, block.low(layer.args[1]), log_p, label))
 
 
 # --- linear layers of a transformer: (layer norm +) linear (+ GELU + linear) (+ residual)
@@ -571,7 +587,7 @@ def _mlp_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ..
     more, residual = _sum_after(down, inside)
     name = ("layer_norm+" if norm else "") + "linear+gelu+linear" + ("+residual" if residual else "")
     parts = _Mlp(norm, up, gelu, down, residual)
-    return (*nodes, gelu, down, *more), name, lambda run: _run_mlp(run, parts)
+    return (*nodes, gelu, down, *more), name, lambda block: _run_mlp(block, parts)
 
 
 def _linear_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], str, Apply] | None:
@@ -584,67 +600,67 @@ def _linear_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node,
         return None
     name = ("layer_norm+" if norm else "") + "linear" + ("+residual" if residual else "")
     parts = _Linear(norm, layer, residual)
-    return (*nodes, *more), name, lambda run: _run_linear(run, parts)
+    return (*nodes, *more), name, lambda block: _run_linear(block, parts)
 
 
-def _fits(run: Block, op: str, norm: fx.Node | None, *layers: fx.Node) -> bool:
+def _fits(block: Block, op: str, norm: fx.Node | None, *layers: fx.Node) -> bool:
     """Whether the input of the layers moves, and nothing else of them, in the kernels' dtype and on such a device."""
     still = [n for layer in layers for n in layer.args[1:]] + list(norm.args[2:4] if norm else ())
-    d = run.raw((norm or layers[0]).args[0])
-    if d is Zero or any(run.raw(n) is not Zero for n in still) or run.dtype is not torch.float32:
+    d = block.raw((norm or layers[0]).args[0])
+    if d is Zero or any(block.raw(n) is not Zero for n in still) or block.dtype is not torch.float32:
         return False
-    return backends.fuses(op, run.exact(layers[0]).device) and (norm is not None or isinstance(d, Dense))
+    return backends.fuses(op, block.exact(layers[0]).device) and (norm is not None or isinstance(d, Dense))
 
 
-def _rows(run: Block, carrier: Carrier) -> Tensor:
+def _rows(block: Block, carrier: Carrier) -> Tensor:
     """[P, R, width], R all dimensions but the last."""
     values = dense(carrier)
-    values = values.to(run.dtype) if values.dtype is torch.float64 else values
-    return values.reshape(run.count, -1, values.shape[-1])
+    values = values.to(block.dtype) if values.dtype is torch.float64 else values
+    return values.reshape(block.count, -1, values.shape[-1])
 
 
-def _in_and_residual(run: Block, first: fx.Node, residual: fx.Node | None) -> tuple[Tensor, Tensor | None]:
+def _in_and_residual(block: Block, first: fx.Node, residual: fx.Node | None) -> tuple[Tensor, Tensor | None]:
     """Rows of the differences of the first node's input and of the residual, which may be the same."""
-    d, extra = run.raw(first.args[0]), run.raw(residual)
-    values = _rows(run, d)
-    return values, None if extra is Zero else values if extra is d else _rows(run, extra)
+    d, extra = block.raw(first.args[0]), block.raw(residual)
+    values = _rows(block, d)
+    return values, None if extra is Zero else values if extra is d else _rows(block, extra)
 
 
-def _row_norm(run: Block, norm: fx.Node | None) -> dzkernels.RowNorm | None:
+def _row_norm(block: Block, norm: fx.Node | None) -> dzkernels.RowNorm | None:
     if norm is None:
         return None
-    zc, var, _ = layer_base(run, norm)
-    gamma = None if norm.args[2] is None else run.low(norm.args[2])
+    zc, var, _ = layer_base(block, norm)
+    gamma = None if norm.args[2] is None else block.low(norm.args[2])
     return dzkernels.RowNorm(zc.reshape(-1, zc.shape[-1]), var.reshape(-1), gamma, float(norm.args[4]))  # type: ignore[arg-type]
 
 
-def _run_mlp(run: Block, parts: _Mlp) -> Carrier | None:
+def _run_mlp(block: Block, parts: _Mlp) -> Carrier | None:
     norm, up, down = parts.norm, parts.up, parts.down
-    if not _fits(run, "mlp_difference", norm, up, down):
+    if not _fits(block, "mlp_difference", norm, up, down):
         return None
-    values, extra = _in_and_residual(run, norm or up, parts.residual)
-    z, shape = run.low(up), tuple(run.exact(down).shape)
+    values, extra = _in_and_residual(block, norm or up, parts.residual)
+    z, shape = block.low(up), tuple(block.exact(down).shape)
     out = dzkernels.mlp_difference(
-        values, run.low(up.args[1]), z.reshape(-1, z.shape[-1]), run.low(down.args[1]), extra, _row_norm(run, norm),
-        approximate=str(parts.gelu.kwargs.get("approximate", "none")), operands=run.operands,
-        out_dtype=run.operands if extra is None else run.dtype,
+        values, block.low(up.args[1]), z.reshape(-1, z.shape[-1]), block.low(down.args[1]), extra,
+        _row_norm(block, norm), approximate=str(parts.gelu.kwargs.get("approximate", "none")), operands=block.operands,
+        out_dtype=block.operands if extra is None else block.dtype,
     )  # fmt: skip
-    return Dense(out.reshape(run.count, *shape))
+    return Dense(out.reshape(block.count, *shape))
 
 
-def _run_linear(run: Block, parts: _Linear) -> Carrier | None:
+def _run_linear(block: Block, parts: _Linear) -> Carrier | None:
     norm, layer = parts.norm, parts.layer
-    if not _fits(run, "linear_difference", norm, layer):
+    if not _fits(block, "linear_difference", norm, layer):
         return None
-    half = run.operands is torch.bfloat16 and run.exact(layer).device.type == "cpu"
-    if run.raw(parts.residual) is Zero and (norm is None or half):
+    half = block.operands is torch.bfloat16 and block.exact(layer).device.type == "cpu"
+    if block.raw(parts.residual) is Zero and (norm is None or half):
         return None  # rounding the result to bfloat16 takes the CPU's kernel longer than a way through memory
-    values, extra = _in_and_residual(run, norm or layer, parts.residual)
+    values, extra = _in_and_residual(block, norm or layer, parts.residual)
     out = dzkernels.linear_difference(
-        values, run.low(layer.args[1]), extra, _row_norm(run, norm), operands=run.operands,
-        out_dtype=run.operands if extra is None else run.dtype,
+        values, block.low(layer.args[1]), extra, _row_norm(block, norm), operands=block.operands,
+        out_dtype=block.operands if extra is None else block.dtype,
     )  # fmt: skip
-    return Dense(out.reshape(run.count, *run.exact(layer).shape))
+    return Dense(out.reshape(block.count, *block.exact(layer).shape))
 
 
 # --- self-attention of a transformer: (layer norm +) linear + attention + linear (+ residual)
@@ -712,7 +728,7 @@ def _attention_stretch(node: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.No
         return None  # something else reads what would stay inside
     name = ("layer_norm+" if before else "") + "linear+attention+linear" + ("+residual" if residual else "")
     parts = _SelfAttention(before[0] if before else None, sources, attention, project, residual)
-    return nodes, name, lambda run: _run_attention(run, parts)
+    return nodes, name, lambda block: _run_attention(block, parts)
 
 
 def _attention_after(start: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
@@ -766,25 +782,25 @@ def _merged_heads(attention: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, ..
     return (turn, merge) if copy is None or copy is merge else (turn, copy, merge)
 
 
-def _run_attention(run: Block, parts: _SelfAttention) -> Carrier | None:
+def _run_attention(block: Block, parts: _SelfAttention) -> Carrier | None:
     norm, attention, project = parts.norm, parts.attention, parts.project
     layers = [source.layer for source in parts.sources]
     mask = attention.args[3] if len(attention.args) > 3 else None
-    if not _fits(run, "self_attention_difference", norm, *layers, project) or run.raw(mask) is not Zero:
+    if not _fits(block, "self_attention_difference", norm, *layers, project) or block.raw(mask) is not Zero:
         return None
 
     def features() -> Tensor:
-        weights = [(run.low(source.layer.args[1]), source.features) for source in parts.sources]
+        weights = [(block.low(source.layer.args[1]), source.features) for source in parts.sources]
         return torch.cat([weight[features.to(weight.device)] for weight, features in weights], 1)
 
-    values, extra = _in_and_residual(run, norm or layers[0], parts.residual)
-    q, k, v, p = attention_base(run, attention)
+    values, extra = _in_and_residual(block, norm or layers[0], parts.residual)
+    q, k, v, p = attention_base(block, attention)
     out = dzkernels.self_attention_difference(
-        values, run.saved(attention, "features", features), q, k, v, p, run.low(project.args[1]), extra,
-        _row_norm(run, norm), scale=attention_scale(attention, q), operands=run.operands,
-        out_dtype=run.operands if extra is None else run.dtype,
+        values, block.saved(attention, "features", features), q, k, v, p, block.low(project.args[1]), extra,
+        _row_norm(block, norm), scale=attention_scale(attention, q), operands=block.operands,
+        out_dtype=block.operands if extra is None else block.dtype,
     )  # fmt: skip
-    return Dense(out.reshape(run.count, *run.exact(project).shape))
+    return Dense(out.reshape(block.count, *block.exact(project).shape))
 
 
 Pattern = Callable[[fx.Node, set[fx.Node]], tuple[tuple[fx.Node, ...], str, Apply] | None]

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
-from .capture import Graph
-from .errors import DeviceError
 from .fusion import Pattern, Step, schedule
-from .run import has_rule
+from .graph.graph import Graph
 
 if TYPE_CHECKING:
-    from .replay import Device
+    from .device import Device
+
 
 log = logging.getLogger("deepzero")
 aten = torch.ops.aten
@@ -186,129 +184,3 @@ def route(
     if device is not None:
         fits = 1 << (fits.bit_length() - 1)
     return Route(name, tuple(shape), suffix, steps, need, block or fits)
-
-
-def in_pieces(count: int, size: int, run: Callable[[int, int], Tensor], what: str) -> tuple[Tensor, int]:
-    """``run(start, stop)`` over ``count`` perturbations, at most ``size`` at once and half as many when memory is out.
-
-    Returns the results one after the other and the size that fits; :class:`DeviceError` when not even one does.
-    """
-    results: list[Tensor] = []
-    done, fits, refused = 0, size, ""
-    while done < count:
-        stop = min(done + fits, count)
-        try:
-            results.append(run(done, stop))
-        except torch.OutOfMemoryError as error:
-            refused = (str(error).splitlines() or ["out of memory"])[0]
-        else:
-            done = stop
-            continue
-        # not in the except clause: the traceback holds what the attempt had allocated
-        if stop - done == 1:
-            raise DeviceError(
-                f"{what}: the device has no memory for one perturbation ({refused}). Use a smaller batch, "
-                "precision='bfloat16', or free what else lies on it."
-            )
-        fits = (stop - done) // 2
-    if fits < size:
-        log.warning("%s: no memory for %d perturbations at once (%s); going on with %d", what, size, refused, fits)
-    return results[0] if len(results) == 1 else torch.cat(results), fits
-
-
-@dataclass
-class Line:
-    """One row of a printed plan.
-
-    carriers   the kinds of carrier along the way
-    flop       operations of torch's convolutions and products for one query
-    seconds    of one query, timed on one block
-    kernels    fused kernel or rule -> seconds of one query
-    fallbacks  ops without a rule
-    """
-
-    parameter: str
-    shape: tuple[int, ...]
-    selected: int
-    ops: int
-    carriers: str
-    flop: float
-    block: int
-    bytes: int
-    seconds: float
-    kernels: dict[str, float]
-    fallbacks: tuple[str, ...] = ()
-
-
-@dataclass
-class Plan:
-    """What :meth:`CGE.plan` returns; prints as two tables: by parameter, and by kernel.
-
-    queries  perturbed function values of one estimate, the base loss included
-    reason   why the model runs whole as a black box, or "" when it was captured
-    """
-
-    lines: list[Line]
-    queries: int
-    precision: str
-    reason: str = ""
-    capture_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Predicted time of one estimate: a block of each parameter was timed."""
-        return sum(line.seconds * line.selected for line in self.lines)
-
-    @property
-    def kernels(self) -> dict[str, float]:
-        """Fused kernel or rule -> predicted seconds of one estimate, most expensive first."""
-        total: Counter[str] = Counter()
-        for line in self.lines:
-            for name, seconds in line.kernels.items():
-                total[name] += seconds * line.selected  # type: ignore[assignment]
-        return dict(total.most_common())
-
-    def __str__(self) -> str:
-        if self.reason:
-            head = f"The model runs whole as a black box, {self.queries:,} full forward passes an estimate:"
-            return f"{head}\n  {self.reason}"
-        total = self.seconds or 1.0
-        parameters = [
-            (
-                line.parameter,
-                "x".join(map(str, line.shape)) or "scalar",
-                f"{line.selected:,}",
-                str(line.ops),
-                line.carriers,
-                f"{line.flop / 1e6:.3f}",
-                str(line.block),
-                f"{line.bytes / 1024:,.0f}",
-                f"{100 * line.seconds * line.selected / total:.1f} %",
-            )
-            for line in self.lines
-        ]
-        titles = ("parameter", "shape", "coordinates", "ops", "travels as", "torch MFLOP", "block", "KiB", "share")
-        text = [*table([titles, *parameters]), ""]
-        spent = [(name, f"{100 * seconds / total:.1f} %") for name, seconds in self.kernels.items()]
-        text += [*table([("fused kernel or rule", "share"), *spent]), ""]
-        rate = self.queries / self.seconds if self.seconds else 0.0
-        text.append(
-            f"{self.queries:,} queries an estimate in {self.precision}, about {self.seconds:.3g} s "
-            f"({rate:,.0f} queries/s); the capture took {self.capture_seconds:.2g} s, once"
-        )
-        slow = sorted({op for line in self.lines for op in line.fallbacks})
-        if slow:
-            text.append("no rule, evaluated in float64 once per query: " + ", ".join(slow))
-        return "\n".join(text)
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as aligned lines, the first row underlined."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return lines
-
-
-def missing_rules(suffix: Sequence[fx.Node]) -> tuple[str, ...]:
-    return tuple(sorted({str(node.target) for node in suffix if not has_rule(node)}))

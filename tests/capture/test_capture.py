@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import judge
-from deepzero.capture import Bound, capture
 from deepzero.errors import CaptureError, ObjectiveError, StepError
 from deepzero.estimators import CGE, RGE
+from deepzero.graph.bound import Bound
+from deepzero.graph.capture import capture
 
 
 def objective(model: nn.Module, batch: Any) -> Tensor:
@@ -47,7 +48,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tol: float = 1
 
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts how often a graph is made."""
-    import deepzero.capture as module
+    import deepzero.graph.cache as module
 
     made: list[int] = []
     real = module.capture

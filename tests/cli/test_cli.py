@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from deepzero import cli
 from deepzero.errors import ConfigError
-from deepzero.plots import plot_run
+from deepzero.report.plots import plot_run
 from deepzero.training import checkpoint
 
 pytest.importorskip("sklearn")
@@ -121,7 +121,7 @@ def test_an_interrupt_before_the_first_checkpoint_promises_nothing(tmp_path, mon
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deepzero.training.run.prepare", interrupt)
+    monkeypatch.setattr("deepzero.training.launch.prepare", interrupt)
     found = invoke("train", "--folder", tmp_path / "run")
     assert found.exit_code == 130
     assert found.output.strip() == "deepzero: interrupted."
@@ -306,7 +306,7 @@ def test_check_of_a_users_own_model(own, monkeypatch):
     found = invoke("check", *own, "--set", "estimator.options.mu=1e-3")
     assert found.exit_code == 0, found.output
     assert "quotients at mu = 0.001 in float32" in found.output
-    bounds = importlib.import_module("deepzero.check").BOUNDS
+    bounds = importlib.import_module("deepzero.report.check").BOUNDS
     monkeypatch.setitem(bounds, "float32", -1.0)
     found = invoke("check", *own)
     assert found.exit_code == 1

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from deepzero import cli
-from deepzero.plots import plot_ratios
+from deepzero.report.plots import plot_ratios
 from deepzero.sparsity import LayerRatios, data_free, layer_ratios
 
 OWN = """

@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepzero.replay import UnrecordableError
+from deepzero.device import UnrecordableError
 
 aten = torch.ops.aten
 

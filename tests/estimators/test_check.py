@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepzero.check import check
 from deepzero.models import vit
+from deepzero.report.check import check
 from deepzero.rules import RULES
 
 aten = torch.ops.aten

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deepzero as dz
-from deepzero.check import check
 from deepzero.errors import ObjectiveError
+from deepzero.report.check import check
 
 
 class Scaled(nn.Module):

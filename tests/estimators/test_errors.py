@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepzero.baselines import ForwardGE
-from deepzero.check import check
 from deepzero.errors import BudgetError, MaskError, NoRuleError, ObjectiveError, StepError
 from deepzero.estimators import CGE, RGE, HybridGE, StaleGE
+from deepzero.report.check import check
 
 KINDS = [CGE, RGE, HybridGE, StaleGE, ForwardGE]
 

@@ -19,9 +19,10 @@ import deepzero as dz
 import dzkernels
 from deepzero import carriers, engine
 from deepzero.errors import DeviceError
-from deepzero.estimators.base import Mask
-from deepzero.plan import FRACTION, MEMORY, MOST, in_pieces
-from deepzero.run import run_block
+from deepzero.execute.pieces import in_pieces
+from deepzero.execute.run_block import run_block
+from deepzero.objective import Mask
+from deepzero.plan import FRACTION, MEMORY, MOST
 from dzkernels import backends
 from estimators.fake_device import FakeDevice, Tape
 from estimators.small import batch, network, objective
@@ -157,7 +158,7 @@ def test_a_number_that_the_host_read_starts_anew(device: FakeDevice, monkeypatch
 
 def test_a_tensor_of_another_device_is_a_number(device: FakeDevice) -> None:
     """A recording holds its value: a changed one starts anew."""
-    held = importlib.import_module("deepzero.replay").HeldBase
+    held = importlib.import_module("deepzero.execute.replay").HeldBase
     base = dz.CGE(network().eval(), objective).engine
     with base.prepared(batch()) as ready:
         assert ready.base is not None
@@ -198,10 +199,7 @@ def test_a_black_box_is_called_and_the_rest_replayed(
     assert all("a black box is called on the way" in text for text in said)
 
 
-def test_an_op_without_a_rule_is_not_recorded(
-    device: FakeDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("deepzero.run._warned", set())  # it warns once a process
+def test_an_op_without_a_rule_is_not_recorded(device: FakeDevice, caplog: pytest.LogCaptureFixture) -> None:
     ours = dz.CGE(nn.Linear(3, 2), lambda m, b: torch.special.i0e(m(b)).sum())
     with pytest.warns(UserWarning, match="has no difference rule"):
         ours.estimate(torch.ones(2, 3))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import deepzero.run
 from judge import judge
 from rules.cases import Case, supervised
 from rules.subject import Subject
@@ -146,8 +145,7 @@ class Codebook(nn.Module):
         return self.codes[nearest]
 
 
-def test_an_index_that_moves_is_right_and_loud(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepzero.run, "_warned", set())
+def test_an_index_that_moves_is_right_and_loud() -> None:
     case = Case(
         "codebook",
         Codebook,

@@ -6,7 +6,6 @@ import contextlib
 
 import pytest
 
-import deepzero.run
 from judge import judge
 from rules.cases import ROWS, Case
 from rules.subject import Subject
@@ -27,8 +26,7 @@ def noise(loss: float, mu: float) -> float:
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch, in the reference
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
-def test_row(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepzero.run, "_warned", set())
+def test_row(case: Case) -> None:
     subject = Subject(case)
     found: list[str] = []
     with contextlib.ExitStack() as stack:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import deepzero as dz
-import deepzero.run
 from deepzero.errors import NoRuleError
 from deepzero.rules import RULES, rule
 from judge import judge
@@ -20,18 +19,13 @@ from rules.subject import Subject
 aten = torch.ops.aten
 
 
-@pytest.fixture(autouse=True)
-def _nothing_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepzero.run, "_warned", set())
-
-
 def test_registering_twice_raises() -> None:
     with pytest.raises(ValueError, match=r"aten\.relu\.default already has a rule: pointwise relu"):
         rule(aten.relu.default)(lambda run, node: None)
 
 
 def test_registering_a_linear_map_twice_raises() -> None:
-    from deepzero.rules.table import linear
+    from deepzero.rules.registry import linear
 
     before = RULES[aten.cat.default]
     with pytest.raises(ValueError, match=r"aten\.cat\.default already has a rule: linear"):

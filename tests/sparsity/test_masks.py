@@ -283,7 +283,7 @@ class TestCostAware:
             cost_aware(budget="time")
 
     def test_a_model_that_runs_whole_has_no_costs(self):
-        from deepzero.plan import Plan
+        from deepzero.estimators.profile import Plan
 
         with pytest.raises(MaskError, match=r"because the model runs whole: it cannot be captured\. .*UniformRandom"):
             CostAware(network(), 0.5, Plan([], 4, "float32", "it cannot be captured."))

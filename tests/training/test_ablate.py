@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from deepzero import cli
 from deepzero.errors import DataError
-from deepzero.plots import plot_ablation
+from deepzero.report.plots import plot_ablation
 from deepzero.training import ablate, checkpoint
 from deepzero.training.ablate import Row, Study, curves, mean_and_spread, read_rows, sweep, table, write_rows
+from deepzero.training.build import build_trainer, prepare
 from deepzero.training.callbacks import read_metrics
 from deepzero.training.config import load_config
-from deepzero.training.run import build_trainer, prepare
 from deepzero.training.studies import STUDIES, equal_queries
 
 pytest.importorskip("sklearn")

@@ -14,8 +14,8 @@ from deepzero.data import Loader
 from deepzero.errors import MaskError
 from deepzero.sparsity import Fixed, UniformRandom
 from deepzero.training import Trainer
+from deepzero.training.build import OPTIMIZERS
 from deepzero.training.masked import masked_step
-from deepzero.training.run import OPTIMIZERS
 
 LR = {"lr": 0.05}
 SETTINGS = {

@@ -12,8 +12,7 @@ import torch
 from deepzero.errors import BudgetError, ConfigError
 from deepzero.sparsity import LayerRatios, UniformRandom, snip
 from deepzero.training import Config, checkpoint, load_config
-from deepzero.training.callbacks import read_metrics
-from deepzero.training.run import (
+from deepzero.training.build import (
     build_loader,
     build_masks,
     build_model,
@@ -21,9 +20,9 @@ from deepzero.training.run import (
     classification_loss,
     mask_inputs,
     prepare,
-    resume,
-    start,
 )
+from deepzero.training.callbacks import read_metrics
+from deepzero.training.launch import resume, start
 
 pytest.importorskip("sklearn")
 

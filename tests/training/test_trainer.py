@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from deepzero.baselines import Backprop
 from deepzero.errors import BudgetError, ConfigError, ObjectiveError
-from deepzero.estimators.base import StepResult
+from deepzero.estimators.interface import StepResult
 from deepzero.training import Callback, Checkpoints, Progress, TensorBoard, Trainer, checkpoint, warmup_cosine
 
 sys.path.insert(0, str(Path(__file__).parent))

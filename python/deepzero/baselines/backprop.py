@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..estimators.base import Estimate, Estimator, Mask, Objective, StepResult, accumulate
-from ..estimators.checks import check_loss, selected
+from ..estimators.interface import Estimate, Estimator, StepResult, accumulate
+from ..objective import Mask, Objective, check_loss, selected
 from .transaction import Snapshot, Transaction
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..capture import Bound
 from ..errors import ObjectiveError
-from ..estimators.base import Estimate, Estimator, Mask, Objective, StepResult, accumulate
-from ..estimators.checks import check_loss, selected
 from ..estimators.directions import Directions
+from ..estimators.interface import Estimate, Estimator, StepResult, accumulate
+from ..graph.bound import Bound
+from ..objective import Mask, Objective, check_loss, selected
 from .transaction import Snapshot, Transaction
 
 

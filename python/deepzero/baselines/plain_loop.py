@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StepError
-from ..estimators.base import Estimate, Estimator, Mask, Objective, StepResult, accumulate
-from ..estimators.checks import check_loss, check_mu, check_scheme, selected
+from ..estimators.interface import Estimate, Estimator, StepResult, accumulate
+from ..estimators.options import check_mu, check_scheme
+from ..objective import Mask, Objective, check_loss, selected
 from .transaction import Snapshot, Transaction
 
 

@@ -1,9 +1,10 @@
 """Gradient estimators behind one interface."""
 
-from .base import Estimate, Estimator, Mask, Objective, StepResult
+from ..objective import Mask, Objective
 from .cge import CGE
 from .engine_estimator import EngineEstimator
 from .hybrid import HybridGE
+from .interface import Estimate, Estimator, StepResult
 from .rge import RGE
 from .stale import StaleGE
 

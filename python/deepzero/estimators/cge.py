@@ -12,14 +12,14 @@ from torch import Tensor
 
 import dzkernels
 
-from ..base import Base
+from ..base_pass import Base
 from ..carriers import OneEntry, describe
 from ..engine import Prepared
 from ..fusion import Step
-from ..plan import Line, Plan, missing_rules
-from .base import Mask
-from .checks import check_finite
+from ..objective import Mask, check_finite
+from ..rules.registry import missing_rules
 from .engine_estimator import EngineEstimator
+from .profile import Line, Plan
 
 
 class CGE(EngineEstimator):

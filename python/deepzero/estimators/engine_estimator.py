@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..engine import Engine, Prepared
 from ..errors import StepError
+from ..objective import Mask, Objective
 from ..state import set_random_state, uninterrupted, write_buffers
-from .base import Estimate, Estimator, Mask, Objective, StepResult, accumulate
-from .checks import SCHEMES, check_mu, check_scheme
+from .interface import Estimate, Estimator, StepResult, accumulate
+from .options import SCHEMES, check_mu, check_scheme
 
 
 class EngineEstimator(Estimator):

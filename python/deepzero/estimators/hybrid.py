@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..engine import Prepared
 from ..errors import MaskError
-from .base import Mask, Objective
+from ..objective import Mask, Objective, selected
 from .cge import CGE
-from .checks import selected
 from .engine_estimator import EngineEstimator
 from .rge import RGE
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..carriers import Dense
 from ..engine import Prepared
-from ..plan import in_pieces, peak_bytes
-from .base import Objective
-from .checks import check_finite
+from ..execute.pieces import in_pieces
+from ..objective import Objective, check_finite
+from ..plan import peak_bytes
 from .directions import Directions
 from .engine_estimator import EngineEstimator
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..engine import Prepared
 from ..errors import CheckpointError
-from .base import Objective
+from ..objective import Objective
 from .cge import CGE
 
 

@@ -18,15 +18,15 @@ import dzkernels
 
 from .. import carriers
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel, without
-from .table import aten, rule
+from .registry import aten, rule
 
 if TYPE_CHECKING:
-    from ..run import Block
+    from ..block import Block
 
 
-def _moved(run: Block, arg: Any, d: Any) -> Tensor:
+def _moved(block: Block, arg: Any, d: Any) -> Tensor:
     """Base + difference, [P or 1, *shape], in the query dtype."""
-    base = run.low(arg).unsqueeze(0)
+    base = block.low(arg).unsqueeze(0)
     return base if d is Zero else base + dense(d)
 
 
@@ -34,23 +34,23 @@ def _moved(run: Block, arg: Any, d: Any) -> Tensor:
 
 
 @rule(aten.linear.default)
-def linear(run: Block, node: fx.Node) -> Carrier:
+def linear(block: Block, node: fx.Node) -> Carrier:
     x, w, *bias = node.args
-    out = _shared_product(run, node, x, w, transposed=True)
-    return carriers.add(out, _bias(run, node, bias[0], -1)) if bias and bias[0] is not None else out
+    out = _shared_product(block, node, x, w, transposed=True)
+    return carriers.add(out, _bias(block, node, bias[0], -1)) if bias and bias[0] is not None else out
 
 
 @rule(aten.mm.default)
-def mm(run: Block, node: fx.Node) -> Carrier:
-    return _shared_product(run, node, node.args[0], node.args[1], transposed=False)
+def mm(block: Block, node: fx.Node) -> Carrier:
+    return _shared_product(block, node, node.args[0], node.args[1], transposed=False)
 
 
 @rule(aten.addmm.default)
-def addmm(run: Block, node: fx.Node) -> Carrier:
+def addmm(block: Block, node: fx.Node) -> Carrier:
     bias, x, w = node.args[:3]
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
-    out = _times(_shared_product(run, node, x, w, transposed=False), alpha)
-    return carriers.add(out, _times(_spread(run.d(bias), tuple(run.exact(node).shape)), beta))
+    out = _times(_shared_product(block, node, x, w, transposed=False), alpha)
+    return carriers.add(out, _times(_spread(block.d(bias), tuple(block.exact(node).shape)), beta))
 
 
 def _times(d: Carrier, factor: Any) -> Carrier:
@@ -58,24 +58,24 @@ def _times(d: Carrier, factor: Any) -> Carrier:
 
 
 @rule(aten.mv.default)
-def mv(run: Block, node: fx.Node) -> Carrier:
+def mv(block: Block, node: fx.Node) -> Carrier:
     a, v = node.args
-    da, dv = run.d(a), run.d(v)
+    da, dv = block.d(a), block.d(v)
     total: Carrier = Zero
     if da is not Zero:
-        total = Dense(dense(da) @ run.low(v))
+        total = Dense(dense(da) @ block.low(v))
     if dv is not Zero:
-        total = carriers.add(total, Dense((_moved(run, a, da) @ dense(dv).unsqueeze(-1)).squeeze(-1)))
+        total = carriers.add(total, Dense((_moved(block, a, da) @ dense(dv).unsqueeze(-1)).squeeze(-1)))
     return total
 
 
-def _shared_product(run: Block, node: fx.Node, x: Any, w: Any, *, transposed: bool) -> Carrier:
+def _shared_product(block: Block, node: fx.Node, x: Any, w: Any, *, transposed: bool) -> Carrier:
     """The difference of x @ w (or x @ w^T): x [..., K], w [K, M] or [M, K] -> [..., M]."""
-    shape = tuple(run.exact(node).shape)
-    dx, dw = run.d(x), run.d(w)
+    shape = tuple(block.exact(node).shape)
+    dx, dw = block.d(x), block.d(w)
     total: Carrier = Zero
     if dx is not Zero:
-        weight = run.low(w)
+        weight = block.low(w)
         weight = weight if transposed else weight.t()  # [M, K] from here on
         last = len(shape) - 1
         if isinstance(dx, OneEntry):
@@ -85,40 +85,40 @@ def _shared_product(run: Block, node: fx.Node, x: Any, w: Any, *, transposed: bo
             column = column.reshape(len(column), *[1] * last, -1)
             total = Dense(dx.values.unsqueeze(-1) * column)
         else:
-            total = Dense(run.product(F.linear, dense(run.raw(x)), weight))
+            total = Dense(block.product(F.linear, dense(block.raw(x)), weight))
     if dw is not Zero:
-        total = carriers.add(total, _weight_moves(run, x, dx, dw, shape, transposed))
+        total = carriers.add(total, _weight_moves(block, x, dx, dw, shape, transposed))
     return total
 
 
-def _weight_moves(run: Block, x: Any, dx: Any, dw: Any, shape: tuple[int, ...], transposed: bool) -> Carrier:
+def _weight_moves(block: Block, x: Any, dx: Any, dw: Any, shape: tuple[int, ...], transposed: bool) -> Carrier:
     """(x + dx) @ dw."""
     if isinstance(dw, OneEntry):
         k, m = (1, 0) if transposed else (0, 1)
         last = len(shape) - 1
         if dx is Zero:
-            column = run.columns(x).index_select(0, dw.index[:, k])  # [P, ...]
+            column = block.columns(x).index_select(0, dw.index[:, k])  # [P, ...]
         else:
-            moved = _moved(run, x, dx)
+            moved = _moved(block, x, dx)
             rows = torch.arange(len(moved), device=moved.device)
             column = moved.movedim(-1, 1)[rows, dw.index[:, k]]
         step = dw.step.reshape(-1, *[1] * last)
         return OneChannel(shape, last, dw.index[:, m], column * step)
     weight = dense(dw)  # [P, K, M] or [P, M, K]
     weight = weight.transpose(1, 2) if transposed else weight
-    moved = _moved(run, x, dx)
+    moved = _moved(block, x, dx)
     if len(moved) == 1:  # one input for all perturbations: a single product with the weights side by side
         p, k, m = weight.shape
-        flat = run.product(torch.matmul, moved[0], weight.permute(1, 0, 2).reshape(k, p * m))
+        flat = block.product(torch.matmul, moved[0], weight.permute(1, 0, 2).reshape(k, p * m))
         return Dense(flat.reshape(*shape[:-1], p, m).movedim(-2, 0))
     rows = moved.reshape(len(moved), -1, moved.shape[-1])
-    return Dense(run.product(torch.bmm, rows, weight).reshape(len(weight), *shape))
+    return Dense(block.product(torch.bmm, rows, weight).reshape(len(weight), *shape))
 
 
-def _bias(run: Block, node: fx.Node, bias: Any, dim: int) -> Carrier:
+def _bias(block: Block, node: fx.Node, bias: Any, dim: int) -> Carrier:
     """A vector added along ``dim``."""
-    d = run.d(bias)
-    shape = tuple(run.exact(node).shape)
+    d = block.d(bias)
+    shape = tuple(block.exact(node).shape)
     dim %= len(shape)
     if d is Zero:
         return Zero
@@ -144,23 +144,23 @@ def _spread(d: Any, shape: tuple[int, ...]) -> Carrier:
 
 
 @rule(aten.bmm.default, aten.matmul.default)
-def bmm(run: Block, node: fx.Node) -> Carrier:
-    return _batched_product(run, *node.args)
+def bmm(block: Block, node: fx.Node) -> Carrier:
+    return _batched_product(block, *node.args)
 
 
-def _batched_product(run: Block, a: Any, b: Any) -> Carrier:
-    da, db = run.d(a), run.d(b)
+def _batched_product(block: Block, a: Any, b: Any) -> Carrier:
+    da, db = block.d(a), block.d(b)
     total: Tensor | None = None
     if da is not Zero:
-        total = run.product(torch.matmul, dense(run.raw(a)), run.low(b))
+        total = block.product(torch.matmul, dense(block.raw(a)), block.low(b))
     if db is not Zero:
-        right = run.product(torch.matmul, _moved(run, a, da), dense(run.raw(b)))
-        total = right if total is None else total.to(run.dtype) + right
+        right = block.product(torch.matmul, _moved(block, a, da), dense(block.raw(b)))
+        total = right if total is None else total.to(block.dtype) + right
     return Zero if total is None else Dense(total)
 
 
 @rule(aten._trilinear.default)
-def trilinear(run: Block, node: fx.Node) -> Carrier:
+def trilinear(block: Block, node: fx.Node) -> Carrier:
     """nn.Bilinear: sum of a b c after each was given dimensions of size 1. One factor moves after the other."""
     *factors, sums = [*node.args[:3], node.args[6]]
 
@@ -169,10 +169,10 @@ def trilinear(run: Block, node: fx.Node) -> Carrier:
             values = values.unsqueeze(k + 1)
         return values
 
-    bases = [placed(run.low(a).unsqueeze(0), dims) for a, dims in zip(factors, node.args[3:6], strict=True)]
+    bases = [placed(block.low(a).unsqueeze(0), dims) for a, dims in zip(factors, node.args[3:6], strict=True)]
     total: Tensor | None = None
     for i, (arg, dims) in enumerate(zip(factors, node.args[3:6], strict=True)):
-        if (d := run.d(arg)) is not Zero:
+        if (d := block.d(arg)) is not Zero:
             moved = placed(dense(d), dims)
             others = [b for k, b in enumerate(bases) if k != i]
             term = (moved * others[0] * others[1]).sum([k + 1 for k in sums])  # type: ignore[union-attr]
@@ -183,11 +183,11 @@ def trilinear(run: Block, node: fx.Node) -> Carrier:
 
 
 @rule(aten.baddbmm.default)
-def baddbmm(run: Block, node: fx.Node) -> Carrier:
+def baddbmm(block: Block, node: fx.Node) -> Carrier:
     bias, a, b = node.args[:3]
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
-    product = _times(_batched_product(run, a, b), alpha)
-    return carriers.add(product, _times(_spread(run.d(bias), tuple(run.exact(node).shape)), beta))
+    product = _times(_batched_product(block, a, b), alpha)
+    return carriers.add(product, _times(_spread(block.d(bias), tuple(block.exact(node).shape)), beta))
 
 
 # --- convolution, any number of dimensions, plain and transposed
@@ -232,27 +232,27 @@ class Geometry:
 
 
 @rule(aten.convolution.default)
-def convolution(run: Block, node: Any) -> Carrier:
+def convolution(block: Block, node: Any) -> Carrier:
     """x [N, C, *spatial] with w [O, C / groups, *kernel], or [C, O / groups, *kernel] when transposed."""
     x, w, bias = node.args[:3]
     conv = Geometry(node)
-    shape = tuple(run.exact(node).shape)
-    dx, dw = run.raw(x), run.d(w)
+    shape = tuple(block.exact(node).shape)
+    dx, dw = block.raw(x), block.d(w)
     total: Carrier = Zero
     if dx is not Zero:
         if isinstance(dx, OneChannel) and dx.dim == 1:
-            total = _one_channel_in(run, conv, dx, run.low(w), shape)
+            total = _one_channel_in(block, conv, dx, block.low(w), shape)
         else:
-            total = Dense(run.product(conv.dense, dense(dx), run.low(w)))
+            total = Dense(block.product(conv.dense, dense(dx), block.low(w)))
     if dw is not Zero:
-        total = carriers.add(total, _kernel_moves(run, conv, x, dw, shape))
-    return carriers.add(total, _bias(run, node, bias, 1)) if bias is not None else total
+        total = carriers.add(total, _kernel_moves(block, conv, x, dw, shape))
+    return carriers.add(total, _bias(block, node, bias, 1)) if bias is not None else total
 
 
-def _one_channel_in(run: Block, conv: Geometry, dx: OneChannel, weight: Tensor, shape: tuple[int, ...]) -> Carrier:
+def _one_channel_in(block: Block, conv: Geometry, dx: OneChannel, weight: Tensor, shape: tuple[int, ...]) -> Carrier:
     """One input channel moves: only its column of the weight takes part, and only its group's outputs move."""
     groups = conv.groups
-    if groups == 1 and conv.has_kernels(run.dtype):
+    if groups == 1 and conv.has_kernels(block.dtype):
         return Dense(dzkernels.channel_conv2d(dx.values, dx.channel, weight, **conv.spacing))
     per_group, outs = dx.shape[1] // groups, shape[1] // groups
     group, inner = dx.channel // per_group, dx.channel % per_group
@@ -274,16 +274,16 @@ def _one_channel_in(run: Block, conv: Geometry, dx: OneChannel, weight: Tensor, 
     return Dense(full)
 
 
-def _kernel_moves(run: Block, conv: Geometry, x: Any, dw: Any, shape: tuple[int, ...]) -> Carrier:
+def _kernel_moves(block: Block, conv: Geometry, x: Any, dw: Any, shape: tuple[int, ...]) -> Carrier:
     """(x + dx) convolved with the difference of the weight."""
-    dx, groups = run.d(x), conv.groups
+    dx, groups = block.d(x), conv.groups
     if isinstance(dw, OneEntry):
-        if dx is Zero and conv.has_kernels(run.dtype):
+        if dx is Zero and conv.has_kernels(block.dtype):
             values = dzkernels.conv2d_tap(
-                run.planes(x), dw.index, dw.step, kernel=dw.shape[2:], out_channels=shape[1], **conv.spacing
+                block.planes(x), dw.index, dw.step, kernel=dw.shape[2:], out_channels=shape[1], **conv.spacing
             )
             return OneChannel(shape, 1, dw.index[:, 0], values)
-        moved = _moved(run, x, dx)
+        moved = _moved(block, x, dx)
         if conv.transposed:
             channel = dw.index[:, 0]
             out = channel // (moved.shape[2] // groups) * dw.shape[1] + dw.index[:, 1]
@@ -297,43 +297,43 @@ def _kernel_moves(run: Block, conv: Geometry, x: Any, dw: Any, shape: tuple[int,
         inside = torch.cat([torch.zeros_like(dw.index[:, :1]), dw.index[:, 2:]], 1)
         kernels = dense(OneEntry((1, *dw.shape[2:]), inside, dw.step))  # [P, 1, *k]
         return OneChannel(shape, 1, out, conv(images, kernels, len(kernels)).transpose(0, 1))
-    kernels, moved = dense(dw), _moved(run, x, dx)
+    kernels, moved = dense(dw), _moved(block, x, dx)
     count = len(kernels)
     if len(moved) == 1 and groups == 1 and not conv.transposed:
-        out = run.product(lambda a, k: conv(a, k, 1), moved[0], kernels.flatten(0, 1))
+        out = block.product(lambda a, k: conv(a, k, 1), moved[0], kernels.flatten(0, 1))
     else:
         images = moved.expand(count, *moved.shape[1:]).transpose(0, 1).flatten(1, 2)  # [N, P * C, *s]
-        out = run.product(lambda a, k: conv(a, k, count * groups), images, kernels.flatten(0, 1))
+        out = block.product(lambda a, k: conv(a, k, count * groups), images, kernels.flatten(0, 1))
     return Dense(out.unflatten(1, (count, shape[1])).transpose(0, 1))
 
 
 @rule(aten.embedding.default)
-def embedding(run: Block, node: fx.Node) -> Carrier:
+def embedding(block: Block, node: fx.Node) -> Carrier:
     """Rows of w [V, M] picked by an index tensor. A coordinate (v, m) moves feature m wherever v was picked."""
     w, index = node.args[:2]
-    if run.d(index) is not Zero:
-        return run.fallback(node)  # type: ignore[no-any-return]
-    d, picked = run.d(w), run.exact(index)
+    if block.d(index) is not Zero:
+        return block.fallback(node)  # type: ignore[no-any-return]
+    d, picked = block.d(w), block.exact(index)
     if isinstance(d, OneEntry):
         hits = picked.unsqueeze(0) == d.index[:, 0].reshape(-1, *[1] * picked.dim())
         values = hits * d.step.reshape(-1, *[1] * picked.dim())
-        return OneChannel(tuple(run.exact(node).shape), picked.dim(), d.index[:, 1], values)
+        return OneChannel(tuple(block.exact(node).shape), picked.dim(), d.index[:, 1], values)
     return Dense(dense(d)[:, picked])
 
 
 @rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
-def embedding_bag(run: Block, node: fx.Node) -> Any:
+def embedding_bag(block: Block, node: fx.Node) -> Any:
     """Sums or means of picked rows. A maximum, or weights of their own, take the slow way."""
     given = (*node.args, *(False, 0, False, None, False, -1)[len(node.args) - 3 :])
     w, index, offsets, _, mode, _, weights, _, padding = given
-    if mode == 2 or weights is not None or any(run.d(n) is not Zero for n in node.all_input_nodes if n is not w):
-        return run.fallback(node)
-    picked, starts = run.exact(index), run.exact(offsets)
-    bags = len(run.exact(node)[0])
+    if mode == 2 or weights is not None or any(block.d(n) is not Zero for n in node.all_input_nodes if n is not w):
+        return block.fallback(node)
+    picked, starts = block.exact(index), block.exact(offsets)
+    bags = len(block.exact(node)[0])
     bag = torch.searchsorted(starts, torch.arange(len(picked), device=picked.device), right=True) - 1
-    counted = (picked != padding).to(run.dtype)
-    rows = dense(run.d(w))[:, picked] * counted.unsqueeze(-1)
+    counted = (picked != padding).to(block.dtype)
+    rows = dense(block.d(w))[:, picked] * counted.unsqueeze(-1)
     total = rows.new_zeros((len(rows), bags, rows.shape[2])).index_add(1, bag, rows)
     if mode == 1:
         total = total / counted.new_zeros(bags).index_add(0, bag, counted).clamp(min=1).unsqueeze(-1)
-    return Dense(total), *[Zero] * (len(run.exact(node)) - 1)
+    return Dense(total), *[Zero] * (len(block.exact(node)) - 1)

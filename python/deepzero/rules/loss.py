@@ -10,11 +10,11 @@ from torch import Tensor
 import dzkernels
 
 from ..carriers import Carrier, Dense, Zero, dense
+from .registry import aten, rule
 from .softmax import log_sum_exp
-from .table import aten, rule
 
 if TYPE_CHECKING:
-    from ..run import Block
+    from ..block import Block
 
 _NONE, _MEAN, _SUM = 0, 1, 2  # torch's codes of reduction=
 
@@ -24,21 +24,25 @@ def _argument(node: Any, position: int, default: Any) -> Any:
 
 
 @rule(aten.cross_entropy_loss.default)
-def cross_entropy(run: Block, node: Any) -> Carrier:
+def cross_entropy(block: Block, node: Any) -> Carrier:
     """Per sample sum_k q_k (-log p_k), with q one-hot for labels; summed, averaged or kept.
 
     For labels the difference is log1p(sum_k p_k expm1(dz_k - dz_y)): only differences to the target's own logit
     enter, so it keeps its digits in a trained network too. Other targets take sum_k q_k (dlse - dz_k), in float64.
     """
     target, weight = node.args[1], _argument(node, 2, None)
-    if run.d(target) is not Zero or run.d(weight) is not Zero:
-        return run.fallback(node)  # type: ignore[no-any-return]
-    logits = run.exact(node.args[0])
+    if block.d(target) is not Zero or block.d(weight) is not Zero:
+        return block.fallback(node)  # type: ignore[no-any-return]
+    logits = block.exact(node.args[0])
     k = 0 if logits.dim() == 1 else 1
     rest = [s for i, s in enumerate(logits.shape) if i != k]
-    d = dense(run.d(node.args[0])).movedim(k + 1, -1).flatten(1, -2) if rest else dense(run.d(node.args[0]))[:, None]
+    d = (
+        dense(block.d(node.args[0])).movedim(k + 1, -1).flatten(1, -2)
+        if rest
+        else dense(block.d(node.args[0]))[:, None]
+    )
     reduction = _argument(node, 3, _MEAN)
-    q, log_p, norm = run.saved(node, "targets", lambda: _targets(run, node, logits, k))
+    q, log_p, norm = block.saved(node, "targets", lambda: _targets(block, node, logits, k))
     if isinstance(q, tuple):  # labels
         label, scale = q
         if scale is None and reduction == _MEAN:
@@ -56,18 +60,18 @@ def cross_entropy(run: Block, node: Any) -> Carrier:
     return Dense(rows.sum(1) if reduction == _SUM else rows.sum(1) / norm)
 
 
-def plain_labels(run: Block, node: Any) -> tuple[tuple[Tensor | None, Tensor | None], Tensor]:
+def plain_labels(block: Block, node: Any) -> tuple[tuple[Tensor | None, Tensor | None], Tensor]:
     """((labels, their scale), log p [M, K]) when the loss is a mean over labels; (None, None) for other targets."""
-    logits = run.exact(node.args[0])
-    q, log_p, _ = run.saved(node, "targets", lambda: _targets(run, node, logits, 0 if logits.dim() == 1 else 1))
+    logits = block.exact(node.args[0])
+    q, log_p, _ = block.saved(node, "targets", lambda: _targets(block, node, logits, 0 if logits.dim() == 1 else 1))
     if not isinstance(q, tuple) or _argument(node, 3, _MEAN) != _MEAN:
         return (None, None), log_p
     return q, log_p
 
 
-def _targets(run: Block, node: Any, logits: Tensor, k: int) -> tuple[Any, Tensor, Tensor | float]:
+def _targets(block: Block, node: Any, logits: Tensor, k: int) -> tuple[Any, Tensor, Tensor | float]:
     """(labels and their scale, or coefficients q [M, K]), log p [M, K], and what a mean divides by."""
-    target, weight = run.exact(node.args[1]), run.exact(_argument(node, 2, None))
+    target, weight = block.exact(node.args[1]), block.exact(_argument(node, 2, None))
     ignore, smoothing = _argument(node, 4, -100), _argument(node, 5, 0.0)
     log_p = torch.log_softmax(logits.double(), k).movedim(k, -1).reshape(-1, logits.shape[k])
     classes = log_p.shape[1]

@@ -17,10 +17,10 @@ from torch import Tensor, fx
 import dzkernels
 
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, occurs, select
-from .table import aten, rule
+from .registry import aten, rule
 
 if TYPE_CHECKING:
-    from ..run import Block
+    from ..block import Block
 
 
 def centred(z: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -47,12 +47,12 @@ def normalised(dz: Tensor, zc: Tensor, var: Tensor, eps: float, dims: Sequence[i
     return dzc * (1 / s_after).to(dz.dtype) - zc * (dvar / (s * s_after * (s + s_after))).to(dz.dtype)
 
 
-def _vector(run: Block, arg: Any, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+def _vector(block: Block, arg: Any, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
     """An affine parameter and its difference, shaped to broadcast ([*shape] and [P, *shape]); None where absent."""
     if arg is None:
         return None, None
-    d = run.d(arg)
-    base = run.low(arg).reshape(shape)
+    d = block.d(arg)
+    base = block.low(arg).reshape(shape)
     return base, None if d is Zero else dense(d).reshape(-1, *shape)
 
 
@@ -77,10 +77,10 @@ def affine(dhat: Tensor | None, hat: Tensor, gamma: Any, dgamma: Any, dbeta: Any
     aten._native_batch_norm_legit_no_training.default,
     aten.native_batch_norm.default,
 )
-def batch_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
+def batch_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
     """x [N, C, *spatial]; batch statistics in training, running ones otherwise. Channels never mix."""
-    if run.saved(node, "read", lambda: _statistics_are_read(node, run.base.graph.loss)):
-        return run.fallback(node)  # type: ignore[no-any-return]
+    if block.saved(node, "read", lambda: _statistics_are_read(node, block.base.graph.loss)):
+        return block.fallback(node)  # type: ignore[no-any-return]
     name = str(node.target)
     x, gamma, beta, *rest = node.args
     if "no_stats" in name:
@@ -89,20 +89,20 @@ def batch_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
         (mean, var), train, eps = rest[:2], False, rest[3]
     else:
         (mean, var), train, eps = rest[:2], rest[2], rest[4]
-    if any(run.d(a) is not Zero for a in (mean, var) if a is not None):
-        return run.fallback(node)  # type: ignore[no-any-return]
-    z = run.exact(x)
+    if any(block.d(a) is not Zero for a in (mean, var) if a is not None):
+        return block.fallback(node)  # type: ignore[no-any-return]
+    z = block.exact(x)
     dims = [0, *range(2, z.dim())]
     vector = [1, -1, *[1] * (z.dim() - 2)]
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
-        zc, v = centred(z, dims) if train else (z - run.exact(mean).reshape(vector), run.exact(var).reshape(vector))
-        return run.base_rounded(zc), v, run.base_rounded(zc / (v + eps).sqrt())
+        zc, v = centred(z, dims) if train else (z - block.exact(mean).reshape(vector), block.exact(var).reshape(vector))
+        return block.base_rounded(zc), v, block.base_rounded(zc / (v + eps).sqrt())
 
-    zc, v, hat = run.saved(node, "norm", make)
-    out = _one_channel_norm(run, x, gamma, beta, zc, v, hat, bool(train), eps)
+    zc, v, hat = block.saved(node, "norm", make)
+    out = _one_channel_norm(block, x, gamma, beta, zc, v, hat, bool(train), eps)
     if out is None:
-        d = run.d(x)
+        d = block.d(x)
         dhat = None
         if d is not Zero:
             values = dense(d)
@@ -112,11 +112,11 @@ def batch_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
                 else values * (1 / (v + eps).sqrt()).to(values.dtype)
             )
         shape = [1, z.shape[1], *vector[2:]]
-        g, dg = _vector(run, gamma, shape)
-        _, db = _vector(run, beta, shape)
+        g, dg = _vector(block, gamma, shape)
+        _, db = _vector(block, beta, shape)
         total = affine(dhat, hat, g, dg, db)
-        out = Dense(total.expand(run.count, *z.shape))
-    return (out, *[Zero] * (len(run.exact(node)) - 1))
+        out = Dense(total.expand(block.count, *z.shape))
+    return (out, *[Zero] * (len(block.exact(node)) - 1))
 
 
 UPDATING = (aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.default)
@@ -143,14 +143,14 @@ def _statistics_are_read(node: fx.Node, loss: fx.Node) -> bool:
 
 
 def _one_channel_norm(
-    run: Block, x: Any, gamma: Any, beta: Any, zc: Tensor, var: Tensor, hat: Tensor, train: bool, eps: float
+    block: Block, x: Any, gamma: Any, beta: Any, zc: Tensor, var: Tensor, hat: Tensor, train: bool, eps: float
 ) -> Carrier | None:
     """One channel in, the same channel out; None when the differences do not lie in one channel."""
-    d, dg, db = run.d(x), run.d(gamma), run.d(beta)
+    d, dg, db = block.d(x), block.d(gamma), block.d(beta)
     moving = [c for c in (d, dg, db) if c is not Zero]
     if len(moving) != 1:
         return None
-    shape = tuple(run.exact(x).shape)
+    shape = tuple(block.exact(x).shape)
     if isinstance(d, OneChannel) and d.dim == 1:
         channel = d.channel
         dims = list(range(1, d.values.dim()))
@@ -160,7 +160,7 @@ def _one_channel_norm(
         else:
             values = d.values * (1 / (v + eps).sqrt()).to(d.values.dtype)
         if gamma is not None:
-            values = values * run.low(gamma)[channel].reshape(v.shape)
+            values = values * block.low(gamma)[channel].reshape(v.shape)
         return OneChannel(shape, 1, channel, values)
     if isinstance(dg, OneEntry):
         channel = dg.index[:, 0]
@@ -173,45 +173,45 @@ def _one_channel_norm(
     return None
 
 
-def layer_base(run: Block, node: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
+def layer_base(block: Block, node: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
     """Of the input of a layer norm: centred, its variance in float64, and normalised."""
     x, normal, _, _, eps = node.args
-    z = run.exact(x)
+    z = block.exact(x)
     dims = list(range(z.dim() - len(normal), z.dim()))  # type: ignore[arg-type]
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         zc, v = centred(z, dims)
-        return run.base_rounded(zc), v, run.base_rounded(zc / (v + eps).sqrt())
+        return block.base_rounded(zc), v, block.base_rounded(zc / (v + eps).sqrt())
 
-    return run.saved(node, "norm", make)  # type: ignore[no-any-return]
+    return block.saved(node, "norm", make)  # type: ignore[no-any-return]
 
 
 @rule(aten.native_layer_norm.default)
-def layer_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
+def layer_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
     x, normal, gamma, beta, eps = node.args
-    z = run.exact(x)
+    z = block.exact(x)
     dims = list(range(z.dim() - len(normal), z.dim()))  # type: ignore[arg-type]
-    zc, v, hat = layer_base(run, node)
-    d = run.d(x)
-    vectors = [c for c in (run.d(gamma), run.d(beta)) if c is not Zero]
+    zc, v, hat = layer_base(block, node)
+    d = block.d(x)
+    vectors = [c for c in (block.d(gamma), block.d(beta)) if c is not Zero]
     if d is Zero and len(vectors) == 1 and isinstance(entry := vectors[0], OneEntry) and len(entry.shape) == 1:
         channel, rest = entry.index[:, 0], z.shape[:-1]
         step = entry.step.reshape(-1, *[1] * len(rest))
-        values = step.expand(-1, *rest) if run.d(gamma) is Zero else select(hat, z.dim() - 1, channel) * step
+        values = step.expand(-1, *rest) if block.d(gamma) is Zero else select(hat, z.dim() - 1, channel) * step
         return OneChannel(tuple(z.shape), z.dim() - 1, channel, values), Zero, Zero
     if d is not Zero and not vectors:
-        weight = None if gamma is None else run.low(gamma).reshape(-1)
-        return Dense(_row_norm(dense(run.raw(x)), zc, v, weight, eps, run.operands)), Zero, Zero
-    dhat = None if d is Zero else _row_norm(dense(d), zc, v, None, eps, run.dtype)
+        weight = None if gamma is None else block.low(gamma).reshape(-1)
+        return Dense(_row_norm(dense(block.raw(x)), zc, v, weight, eps, block.operands)), Zero, Zero
+    dhat = None if d is Zero else _row_norm(dense(d), zc, v, None, eps, block.dtype)
     shape = list(z.shape[dims[0] :])
-    g, dg = _vector(run, gamma, shape)
-    _, db = _vector(run, beta, shape)
+    g, dg = _vector(block, gamma, shape)
+    _, db = _vector(block, beta, shape)
     if dg is not None:
         dg = dg.reshape(len(dg), *[1] * dims[0], *shape)
     if db is not None:
         db = db.reshape(len(db), *[1] * dims[0], *shape)
     total = affine(dhat, hat, g, dg, db)
-    return Dense(total.expand(run.count, *z.shape)), Zero, Zero
+    return Dense(total.expand(block.count, *z.shape)), Zero, Zero
 
 
 def _row_norm(dz: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, eps: Any, out_dtype: torch.dtype) -> Tensor:
@@ -225,24 +225,24 @@ def _row_norm(dz: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, eps: An
 
 
 @rule(aten.native_group_norm.default)
-def group_norm(run: Block, node: fx.Node) -> tuple[Carrier, ...]:
+def group_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
     """x [N, C, *spatial], statistics over each of ``groups`` groups of channels of each sample."""
     x, gamma, beta, n, c, _, groups, eps = node.args
-    z = run.exact(x)
+    z = block.exact(x)
     split = (n, groups, -1)
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         zc, v = centred(z.reshape(split), [2])
-        return zc.to(run.dtype), v, run.base_rounded((zc / (v + eps).sqrt()).reshape(z.shape))
+        return zc.to(block.dtype), v, block.base_rounded((zc / (v + eps).sqrt()).reshape(z.shape))
 
-    zc, v, hat = run.saved(node, "norm", make)
-    d = run.d(x)
+    zc, v, hat = block.saved(node, "norm", make)
+    d = block.d(x)
     dhat = None
     if d is not Zero:
         values = dense(d)
-        dhat = _row_norm(values.reshape(len(values), *split), zc, v, None, eps, run.dtype).reshape(values.shape)
+        dhat = _row_norm(values.reshape(len(values), *split), zc, v, None, eps, block.dtype).reshape(values.shape)
     vector = [1, c, *[1] * (z.dim() - 2)]
-    g, dg = _vector(run, gamma, vector)  # type: ignore[arg-type]
-    _, db = _vector(run, beta, vector)  # type: ignore[arg-type]
+    g, dg = _vector(block, gamma, vector)  # type: ignore[arg-type]
+    _, db = _vector(block, beta, vector)  # type: ignore[arg-type]
     total = affine(dhat, hat, g, dg, db)
-    return Dense(total.expand(run.count, *z.shape)), Zero, Zero
+    return Dense(total.expand(block.count, *z.shape)), Zero, Zero

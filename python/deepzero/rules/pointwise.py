@@ -12,10 +12,10 @@ from torch import Tensor, fx
 import dzkernels
 
 from ..carriers import Dense, Zero, dense, occurs
-from .table import aten, discrete, pointwise, rule
+from .registry import aten, discrete, pointwise, rule
 
 if TYPE_CHECKING:
-    from ..run import Block
+    from ..block import Block
 
 # --- sums and products. da or db is None where that operand does not move.
 
@@ -418,12 +418,12 @@ def clamp_tensor(*moving: Any) -> Tensor:
 
 
 @rule(aten.rrelu_with_noise_functional.default)
-def rrelu(run: Block, node: fx.Node) -> Any:
+def rrelu(block: Block, node: fx.Node) -> Any:
     """A leaky ReLU outside of training. In training the draws depend on the inputs' signs and cannot be reused."""
     x, _, lower, upper, training = (*node.args, *(0.125, 1 / 3, False)[len(node.args) - 2 :])[:5]
     if training:
-        return run.fallback(node)
-    return Dense(leaky_relu(dense(run.d(x)), run.low(x), (lower + upper) / 2)), Zero  # type: ignore[operator]
+        return block.fallback(node)
+    return Dense(leaky_relu(dense(block.d(x)), block.low(x), (lower + upper) / 2)), Zero  # type: ignore[operator]
 
 
 @pointwise(aten.where.self, arity=3, exact=True)

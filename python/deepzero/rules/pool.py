@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from ..carriers import Carrier, Dense, OneChannel, Zero, dense, select
-from .table import Follow, aten, linear, rule
+from .registry import Follow, aten, linear, rule
 
 if TYPE_CHECKING:
-    from ..run import Block
+    from ..block import Block
 
 
 def _apart(nd: int) -> Follow:
@@ -77,14 +77,14 @@ def _ravel(cell: tuple[int, ...], sizes: list[int]) -> int:
     aten.adaptive_max_pool2d.default,
     aten.adaptive_max_pool3d.default,
 )
-def max_pool(run: Block, node: fx.Node) -> Any:
+def max_pool(block: Block, node: fx.Node) -> Any:
     """Each window's winner after the move: max over k of (z_k - max z) + dz_k. Indices, if read, take the slow way."""
     if any(user.target is operator.getitem and user.args[1] == 1 and user.users for user in node.users):
-        return run.fallback(node)
+        return block.fallback(node)
     x = node.args[0]
-    result = run.exact(node)
+    result = block.exact(node)
     out = result[0] if isinstance(result, tuple | list) else result
-    z = run.exact(x)
+    z = block.exact(x)
     adaptive = "adaptive" in str(node.target)
     nd = 3 if "3d" in str(node.target) else 2
     lead = z.dim() - nd
@@ -95,10 +95,10 @@ def max_pool(run: Block, node: fx.Node) -> Any:
         index = index.to(z.device)
         picked = z.flatten(lead)[..., index.clamp(min=0)]
         picked = picked.masked_fill(index < 0, float("-inf"))
-        return index.clamp(min=0), (picked - out.flatten(lead).unsqueeze(-1)).to(run.dtype)
+        return index.clamp(min=0), (picked - out.flatten(lead).unsqueeze(-1)).to(block.dtype)
 
-    index, gap = run.saved(node, "windows", make)
-    d = run.d(x)
+    index, gap = block.saved(node, "windows", make)
+    d = block.d(x)
     carrier: Carrier
     if isinstance(d, OneChannel) and d.dim == lead - 1:
         moved = select(gap, d.dim, d.channel) + d.values.flatten(lead)[..., index]
@@ -110,16 +110,16 @@ def max_pool(run: Block, node: fx.Node) -> Any:
 
 
 @rule(aten.native_dropout.default)
-def dropout(run: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
+def dropout(block: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
     """The base pass drew the mask; every query reuses it."""
     x, p, train = (*node.args, True)[:3]
-    d = run.d(x)
+    d = block.d(x)
     if not train:
         return d, Zero
-    keep = run.saved(
+    keep = block.saved(
         node,
         "keep",
-        lambda: run.base_rounded(run.exact(node)[1].double() * (0.0 if p == 1 else 1 / (1 - p))),  # type: ignore[operator]
+        lambda: block.base_rounded(block.exact(node)[1].double() * (0.0 if p == 1 else 1 / (1 - p))),  # type: ignore[operator]
     )
     if isinstance(d, OneChannel):
         return OneChannel(d.shape, d.dim, d.channel, d.values * select(keep, d.dim, d.channel)), Zero

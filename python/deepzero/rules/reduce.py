@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, occurs, one_channel
 from .pointwise import absolute, power
-from .table import aten, rule
+from .registry import aten, rule
 
 if TYPE_CHECKING:
-    from ..run import Block
+    from ..block import Block
 
 
 def _dims(node: fx.Node, position: int, rank: int) -> list[int]:
@@ -29,9 +29,9 @@ def _keep(node: fx.Node, position: int) -> bool:
 
 
 @rule(aten.mean.dim, aten.sum.dim_IntList, aten.mean.default, aten.sum.default)
-def total(run: Block, node: fx.Node) -> Carrier:
+def total(block: Block, node: fx.Node) -> Carrier:
     """Sum or mean. One that ends in a single number is accumulated in float64: it is the loss, or part of it."""
-    d = run.d(node.args[0])
+    d = block.d(node.args[0])
     rank = len(d.shape)
     dims, keep = _dims(node, 1, rank), _keep(node, 2)
     if isinstance(d, OneEntry) and rank:
@@ -42,7 +42,7 @@ def total(run: Block, node: fx.Node) -> Carrier:
         inner = [k + 1 - (k > d.dim) for k in dims]
         values = function(d.values, inner, keepdim=keep)
         target = d.dim if keep else d.dim - sum(k < d.dim for k in dims)
-        return OneChannel(tuple(run.exact(node).shape), target, d.channel, values)
+        return OneChannel(tuple(block.exact(node).shape), target, d.channel, values)
     if isinstance(d, OneChannel):
         inner = [k + 1 - (k > d.dim) for k in dims if k != d.dim]
         values = d.values.double() if wide else d.values
@@ -57,25 +57,25 @@ def total(run: Block, node: fx.Node) -> Carrier:
     return Dense(function(values, [k + 1 for k in dims], keepdim=keep, dtype=torch.float64 if wide else None))
 
 
-def _gap(run: Block, node: fx.Node, dims: list[int], largest: bool) -> Tensor:
+def _gap(block: Block, node: fx.Node, dims: list[int], largest: bool) -> Tensor:
     """Distance of every element from the winner (zero for the winner itself), rounded once from float64."""
 
     def make() -> Tensor:
-        z = run.exact(node.args[0]).double()
+        z = block.exact(node.args[0]).double()
         best = z.amax(dims, keepdim=True) if largest else z.amin(dims, keepdim=True)
-        return run.base_rounded(z - best)  # type: ignore[no-any-return]
+        return block.base_rounded(z - best)  # type: ignore[no-any-return]
 
-    return run.saved(node, "gap", make)  # type: ignore[no-any-return]
+    return block.saved(node, "gap", make)  # type: ignore[no-any-return]
 
 
 @rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
-def extremum(run: Block, node: fx.Node) -> Carrier:
+def extremum(block: Block, node: fx.Node) -> Carrier:
     """max(z + dz) - max(z) = max over k of (z_k - max z) + dz_k: the winning element's own difference."""
-    values = dense(run.d(node.args[0]))
+    values = dense(block.d(node.args[0]))
     rank = values.dim() - 1
     dims, keep = _dims(node, 1, rank), _keep(node, 2)
     largest = node.target in (aten.amax.default, aten.max.default)
-    moved = _gap(run, node, dims, largest) + values
+    moved = _gap(block, node, dims, largest) + values
     inner = [k + 1 for k in dims]
     if not dims:
         return Dense(values)
@@ -83,58 +83,58 @@ def extremum(run: Block, node: fx.Node) -> Carrier:
 
 
 @rule(aten.max.dim, aten.min.dim)
-def extremum_with_index(run: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
-    values = dense(run.d(node.args[0]))
+def extremum_with_index(block: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
+    values = dense(block.d(node.args[0]))
     rank = values.dim() - 1
     dim, keep = int(node.args[1]) % max(rank, 1), _keep(node, 2)  # type: ignore[call-overload]
     if rank == 0:
         return Dense(values), Zero
     largest = node.target is aten.max.dim
-    moved = _gap(run, node, [dim], largest) + values
+    moved = _gap(block, node, [dim], largest) + values
     best, where = (moved.max if largest else moved.min)(dim + 1, keepdim=keep)
-    jump = (where - run.exact(node)[1]).to(run.dtype)
+    jump = (where - block.exact(node)[1]).to(block.dtype)
     return Dense(best), Dense(jump) if occurs(jump != 0) else Zero
 
 
 @rule(aten.argmax.default, aten.argmin.default)
-def arg_extremum(run: Block, node: fx.Node) -> Carrier:
-    z = run.exact(node.args[0]).double()
-    values = z + dense(run.d(node.args[0])).double()
+def arg_extremum(block: Block, node: fx.Node) -> Carrier:
+    z = block.exact(node.args[0]).double()
+    values = z + dense(block.d(node.args[0])).double()
     dim, keep = (node.args[1] if len(node.args) > 1 else None), _keep(node, 2)
     function = torch.argmax if node.target is aten.argmax.default else torch.argmin
     if dim is None:
-        after = function(values.flatten(1), 1).reshape(-1, *run.exact(node).shape)
+        after = function(values.flatten(1), 1).reshape(-1, *block.exact(node).shape)
     else:
         after = function(values, int(dim) % z.dim() + 1, keepdim=keep)  # type: ignore[call-overload]
-    return Dense((after - run.exact(node)).to(run.dtype))
+    return Dense((after - block.exact(node)).to(block.dtype))
 
 
 @rule(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims)
-def logical(run: Block, node: fx.Node) -> Carrier:
-    d = run.d(node.args[0])
-    moved = (run.exact(node.args[0]).double() + dense(d).double()) != 0
+def logical(block: Block, node: fx.Node) -> Carrier:
+    d = block.d(node.args[0])
+    moved = (block.exact(node.args[0]).double() + dense(d).double()) != 0
     rank = moved.dim() - 1
     inner = [k + 1 for k in _dims(node, 1, rank)]
     function = torch.any if "any" in str(node.target) else torch.all
     after = function(moved, inner, keepdim=_keep(node, 2)) if inner else moved
-    return Dense((after.double() - run.exact(node).double()).to(run.dtype))
+    return Dense((after.double() - block.exact(node).double()).to(block.dtype))
 
 
 @rule(aten.linalg_vector_norm.default)
-def vector_norm(run: Block, node: fx.Node) -> Carrier:
+def vector_norm(block: Block, node: fx.Node) -> Carrier:
     """p = 2 by the difference of the square roots of the sums of squares; p = 1 and infinity through |z|."""
     order = node.args[1] if len(node.args) > 1 else 2
-    values = dense(run.d(node.args[0]))
-    z = run.low(node.args[0])
+    values = dense(block.d(node.args[0]))
+    z = block.low(node.args[0])
     rank = z.dim()
     dims, keep = _dims(node, 2, rank), _keep(node, 3)
     inner = [k + 1 for k in dims]
     if order == math.inf:
-        gap = run.saved(node, "gap", lambda: run.base_rounded(_abs_gap(run.exact(node.args[0]), dims)))
+        gap = block.saved(node, "gap", lambda: block.base_rounded(_abs_gap(block.exact(node.args[0]), dims)))
         return Dense((gap + absolute(values, z)).amax(inner, keepdim=keep))
     if order <= 0:  # type: ignore[operator]
-        return run.fallback(node)  # type: ignore[no-any-return]
-    return Dense(_norm(values, z, run.exact(node), float(order), inner, keep).to(run.dtype))  # type: ignore[arg-type]
+        return block.fallback(node)  # type: ignore[no-any-return]
+    return Dense(_norm(values, z, block.exact(node), float(order), inner, keep).to(block.dtype))  # type: ignore[arg-type]
 
 
 def _norm(values: Tensor, z: Tensor, before: Tensor, order: float, inner: list[int], keep: bool) -> Tensor:
@@ -150,18 +150,20 @@ def _norm(values: Tensor, z: Tensor, before: Tensor, order: float, inner: list[i
 
 
 @rule(aten._cdist_forward.default)
-def pairwise_distances(run: Block, node: fx.Node) -> Carrier:
+def pairwise_distances(block: Block, node: fx.Node) -> Carrier:
     """|a_i - b_j| for all pairs, as norms of the differences of rows."""
     a, b, order, _ = node.args
     if order in (0, math.inf):
-        return run.fallback(node)  # type: ignore[no-any-return]
-    z = run.exact(a).unsqueeze(-2) - run.exact(b).unsqueeze(-3)
-    da, db = run.d(a), run.d(b)
-    values = torch.zeros((), dtype=run.dtype, device=z.device)
+        return block.fallback(node)  # type: ignore[no-any-return]
+    z = block.exact(a).unsqueeze(-2) - block.exact(b).unsqueeze(-3)
+    da, db = block.d(a), block.d(b)
+    values = torch.zeros((), dtype=block.dtype, device=z.device)
     values = values if da is Zero else values + dense(da).unsqueeze(-2)
     values = values if db is Zero else values - dense(db).unsqueeze(-3)
-    values = values.expand(run.count, *z.shape)
-    return Dense(_norm(values, run.base_rounded(z), run.exact(node), float(order), [z.dim()], False).to(run.dtype))  # type: ignore[arg-type]
+    values = values.expand(block.count, *z.shape)
+    return Dense(
+        _norm(values, block.base_rounded(z), block.exact(node), float(order), [z.dim()], False).to(block.dtype)
+    )  # type: ignore[arg-type]
 
 
 def _abs_gap(z: Tensor, dims: list[int]) -> Tensor:
@@ -170,10 +172,10 @@ def _abs_gap(z: Tensor, dims: list[int]) -> Tensor:
 
 
 @rule(aten.var.correction, aten.var_mean.correction, aten.var.dim)
-def variance(run: Block, node: fx.Node) -> Any:
+def variance(block: Block, node: fx.Node) -> Any:
     """dvar = sum(2 zc dzc + dzc^2) / (n - correction), centred."""
-    values = dense(run.d(node.args[0]))
-    z = run.exact(node.args[0])
+    values = dense(block.d(node.args[0]))
+    z = block.exact(node.args[0])
     rank = z.dim()
     dims = _dims(node, 1, rank)
     if node.target is aten.var.dim:
@@ -183,7 +185,7 @@ def variance(run: Block, node: fx.Node) -> Any:
         correction, keep = 1.0 if given is None else float(given), bool(node.kwargs.get("keepdim", False))  # type: ignore[arg-type]
     count = math.prod(z.shape[k] for k in dims)
     inner = [k + 1 for k in dims]
-    zc = run.saved(node, "centred", lambda: run.base_rounded(z - z.mean(dims, keepdim=True)))
+    zc = block.saved(node, "centred", lambda: block.base_rounded(z - z.mean(dims, keepdim=True)))
     shift = values.mean(inner, keepdim=True, dtype=torch.float64)
     dzc = values - shift.to(values.dtype)
     dvar = (dzc * (2 * zc + dzc)).sum(inner, keepdim=keep, dtype=torch.float64) / max(count - correction, 0)
@@ -195,10 +197,10 @@ def variance(run: Block, node: fx.Node) -> Any:
 
 
 @rule(aten.prod.dim_int, aten.prod.default)
-def product(run: Block, node: fx.Node) -> Carrier:
+def product(block: Block, node: fx.Node) -> Carrier:
     """prod(z + dz) - prod(z), one factor at a time: sum_k (prod of moved before k) dz_k (prod of old after k)."""
-    values = dense(run.d(node.args[0]))
-    z = run.low(node.args[0])
+    values = dense(block.d(node.args[0]))
+    z = block.low(node.args[0])
     if node.target is aten.prod.default:
         values, z = values.reshape(len(values), -1), z.reshape(-1)
     dim = int(node.args[1]) % z.dim() if len(node.args) > 1 else 0  # type: ignore[call-overload]
@@ -211,11 +213,11 @@ def product(run: Block, node: fx.Node) -> Carrier:
 
 
 @rule(aten.cumprod.default)
-def cumulative_product(run: Block, node: fx.Node) -> Carrier:
+def cumulative_product(block: Block, node: fx.Node) -> Carrier:
     """As the product, keeping every partial one."""
-    values, z = dense(run.d(node.args[0])), run.low(node.args[0])
+    values, z = dense(block.d(node.args[0])), block.low(node.args[0])
     dim = int(node.args[1]) % z.dim()  # type: ignore[call-overload]
-    partial = run.low(node)
+    partial = block.low(node)
     d, p = torch.zeros_like(values.select(dim + 1, 0)), torch.ones_like(z.select(dim, 0))
     rows = []
     for k in range(z.shape[dim]):
@@ -239,20 +241,20 @@ _ORDER = {
 
 
 @rule(*_ORDER)
-def order_statistic(run: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
+def order_statistic(block: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
     """The new picks in float64; a value moves as its pick does, plus the distance between the old and the new one."""
-    z, d = run.exact(node.args[0]).double(), dense(run.d(node.args[0]))
+    z, d = block.exact(node.args[0]).double(), dense(block.d(node.args[0]))
     position, kwargs = _ORDER[node.target], dict(node.kwargs)
-    args = [z + d.double(), *run.exact_args(node)[1:]]
+    args = [z + d.double(), *block.exact_args(node)[1:]]
     dim = int(kwargs.pop("dim", args[position] if len(args) > position else -1)) % z.dim()
     if position < len(args):
         args[position] = dim + 1
     else:
         kwargs["dim"] = dim + 1
     index = node.target(*args, **kwargs)[1]  # type: ignore[operator]
-    before, at = run.exact(node)
+    before, at = block.exact(node)
     reduced = index.dim() == z.dim()
     where, old = (index.unsqueeze(dim + 1), before.unsqueeze(dim)) if reduced else (index, before)
     jump = z.expand(len(d), *z.shape).gather(dim + 1, where) - old
-    values = (jump + d.gather(dim + 1, where)).to(run.dtype)
-    return Dense(values.squeeze(dim + 1) if reduced else values), Dense((index - at).to(run.dtype))
+    values = (jump + d.gather(dim + 1, where)).to(block.dtype)
+    return Dense(values.squeeze(dim + 1) if reduced else values), Dense((index - at).to(block.dtype))

@@ -9,21 +9,21 @@ import torch
 from torch import fx
 
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, entry_view, one_channel, without
-from .table import aten, linear, rule
+from .registry import aten, linear, rule
 
 if TYPE_CHECKING:
-    from ..run import Block
+    from ..block import Block
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_alias.default)
-def view(run: Block, node: fx.Node) -> Carrier:
-    d, shape = run.raw(node.args[0]), tuple(run.exact(node).shape)
+def view(block: Block, node: fx.Node) -> Carrier:
+    d, shape = block.raw(node.args[0]), tuple(block.exact(node).shape)
     return _reshaped(d, shape)
 
 
 @rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.flatten.using_ints)
-def insert(run: Block, node: fx.Node) -> Carrier:
-    return _reshaped(run.raw(node.args[0]), tuple(run.exact(node).shape))
+def insert(block: Block, node: fx.Node) -> Carrier:
+    return _reshaped(block.raw(node.args[0]), tuple(block.exact(node).shape))
 
 
 def _reshaped(d: Any, shape: tuple[int, ...]) -> Carrier:
@@ -40,15 +40,15 @@ def _reshaped(d: Any, shape: tuple[int, ...]) -> Carrier:
 
 
 @rule(aten.permute.default)
-def permute(run: Block, node: fx.Node) -> Carrier:
-    d = run.raw(node.args[0])
+def permute(block: Block, node: fx.Node) -> Carrier:
+    d = block.raw(node.args[0])
     dims = [k % len(d.shape) for k in node.args[1]]  # type: ignore[union-attr,operator]
     return _permuted(d, dims)
 
 
 @rule(aten.t.default, aten.transpose.int)
-def transpose(run: Block, node: fx.Node) -> Carrier:
-    d = run.raw(node.args[0])
+def transpose(block: Block, node: fx.Node) -> Carrier:
+    d = block.raw(node.args[0])
     dims = list(range(len(d.shape)))
     a, b = node.args[1:] if len(node.args) == 3 else (0, -1)
     if dims:
@@ -67,8 +67,8 @@ def _permuted(d: Any, dims: list[int]) -> Carrier:
 
 
 @rule(aten.expand.default)
-def expand(run: Block, node: fx.Node) -> Carrier:
-    return _expanded(run.raw(node.args[0]), tuple(run.exact(node).shape))
+def expand(block: Block, node: fx.Node) -> Carrier:
+    return _expanded(block.raw(node.args[0]), tuple(block.exact(node).shape))
 
 
 def _expanded(d: Any, shape: tuple[int, ...]) -> Carrier:
@@ -92,16 +92,16 @@ def _expanded(d: Any, shape: tuple[int, ...]) -> Carrier:
     aten.contiguous.default,
     aten._to_copy.default,
 )
-def copy(run: Block, node: fx.Node) -> Any:
+def copy(block: Block, node: fx.Node) -> Any:
     """A copy moves as its source does; a cast to an integer or bool type is piecewise constant."""
-    source = run.exact(node.args[0])
-    target = run.exact(node)
+    source = block.exact(node.args[0])
+    target = block.exact(node)
     if target.is_floating_point() or source.dtype == target.dtype:
-        return run.raw(node.args[0])
-    d = dense(run.d(node.args[0]))
+        return block.raw(node.args[0])
+    d = dense(block.d(node.args[0]))
     moved = source.double() + d.double()
     moved = moved != 0 if target.dtype is torch.bool else moved.to(target.dtype)
-    return Dense((moved.double() - target.double()).to(run.dtype))
+    return Dense((moved.double() - target.double()).to(block.dtype))
 
 
 # Ops that keep a channel dimension apart from the one they work on.
@@ -161,9 +161,9 @@ linear(aten.index.Tensor)
 
 
 @rule(aten.constant_pad_nd.default)
-def constant_pad(run: Block, node: fx.Node) -> Carrier:
+def constant_pad(block: Block, node: fx.Node) -> Carrier:
     """The padding does not move, whatever its value; a channel shifts by the padding before it."""
-    d, widths = run.raw(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
+    d, widths = block.raw(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
     rank = len(d.shape)
     pairs = [(0, 0)] * rank
     for k in range(len(widths) // 2):
@@ -172,24 +172,24 @@ def constant_pad(run: Block, node: fx.Node) -> Carrier:
     if isinstance(d, OneChannel) and min(pairs[d.dim]) >= 0:
         rest = without(pairs, d.dim)  # type: ignore[arg-type]
         flat = [w for pair in reversed(rest) for w in pair]  # type: ignore[attr-defined]
-        shape = tuple(run.exact(node).shape)
+        shape = tuple(block.exact(node).shape)
         values = torch.nn.functional.pad(d.values, flat) if any(flat) else d.values
         return OneChannel(shape, d.dim, d.channel + pairs[d.dim][0], values)
     return Dense(torch.nn.functional.pad(dense(d), widths))
 
 
 @rule(aten.copy.default)
-def copied(run: Block, node: fx.Node) -> Carrier:
+def copied(block: Block, node: fx.Node) -> Carrier:
     """``destination.copy_(source)``: what the destination held before does not matter."""
-    d, shape = run.d(node.args[1]), tuple(run.exact(node).shape)
+    d, shape = block.d(node.args[1]), tuple(block.exact(node).shape)
     return d if d is Zero or tuple(d.shape) == shape else _expanded(d, shape)
 
 
 @rule(aten.masked_fill.Scalar)
-def masked_fill(run: Block, node: fx.Node) -> Carrier:
-    if run.d(node.args[1]) is not Zero:
-        return run.fallback(node)  # type: ignore[no-any-return]
-    return Dense(dense(run.d(node.args[0])).masked_fill(run.exact(node.args[1]), 0.0))
+def masked_fill(block: Block, node: fx.Node) -> Carrier:
+    if block.d(node.args[1]) is not Zero:
+        return block.fallback(node)  # type: ignore[no-any-return]
+    return Dense(dense(block.d(node.args[0])).masked_fill(block.exact(node.args[1]), 0.0))
 
 
 @rule(
@@ -202,6 +202,6 @@ def masked_fill(run: Block, node: fx.Node) -> Carrier:
     aten.new_full.default,
     aten.sym_size.int,
 )
-def shape_only(run: Block, node: fx.Node) -> Carrier:
+def shape_only(block: Block, node: fx.Node) -> Carrier:
     """Reads the shape of its input, which never moves."""
     return Zero

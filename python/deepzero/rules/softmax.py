@@ -10,10 +10,10 @@ from torch import Tensor, fx
 import dzkernels
 
 from ..carriers import Carrier, Dense, dense, occurs
-from .table import aten, rule
+from .registry import aten, rule
 
 if TYPE_CHECKING:
-    from ..run import Block
+    from ..block import Block
 
 
 def log_sum_exp(dz: Tensor, p: Tensor, dim: int) -> Tensor:
@@ -27,24 +27,24 @@ def log_sum_exp(dz: Tensor, p: Tensor, dim: int) -> Tensor:
     return small
 
 
-def _probabilities(run: Block, node: fx.Node) -> Tensor:
-    z, dim = run.exact(node.args[0]), node.args[1]
-    return run.saved(node, "softmax", lambda: torch.softmax(z, dim))  # type: ignore[no-any-return, arg-type]
+def _probabilities(block: Block, node: fx.Node) -> Tensor:
+    z, dim = block.exact(node.args[0]), node.args[1]
+    return block.saved(node, "softmax", lambda: torch.softmax(z, dim))  # type: ignore[no-any-return, arg-type]
 
 
 @rule(aten._log_softmax.default)
-def log_softmax(run: Block, node: fx.Node) -> Carrier:
+def log_softmax(block: Block, node: fx.Node) -> Carrier:
     """In float64: what follows is the loss, in which almost everything cancels."""
-    d = dense(run.d(node.args[0])).double()
+    d = dense(block.d(node.args[0])).double()
     dim = int(node.args[1]) % (d.dim() - 1) + 1  # type: ignore[call-overload]
-    return Dense(d - log_sum_exp(d, _probabilities(run, node), dim))
+    return Dense(d - log_sum_exp(d, _probabilities(block, node), dim))
 
 
 @rule(aten._softmax.default)
-def softmax(run: Block, node: fx.Node) -> Carrier:
-    d = dense(run.d(node.args[0])).to(run.dtype)
+def softmax(block: Block, node: fx.Node) -> Carrier:
+    d = dense(block.d(node.args[0])).to(block.dtype)
     dim = int(node.args[1]) % (d.dim() - 1)  # type: ignore[call-overload]
-    p = run.saved(node, "rows", lambda: _rows(_probabilities(run, node), dim).to(run.dtype))
+    p = block.saved(node, "rows", lambda: _rows(_probabilities(block, node), dim).to(block.dtype))
     rows = d.movedim(dim + 1, -1)
     out = dzkernels.softmax_difference(rows.reshape(len(d), *p.shape), p)
     return Dense(out.reshape(rows.shape).movedim(-1, dim + 1))
@@ -57,13 +57,13 @@ def _rows(value: Tensor, dim: int) -> Tensor:
 
 
 @rule(aten.logcumsumexp.default)
-def log_cumulative_sum_exp(run: Block, node: fx.Node) -> Carrier:
+def log_cumulative_sum_exp(block: Block, node: fx.Node) -> Carrier:
     """L_k = log(e^L_(k-1) + e^z_k), one element after the other."""
-    d, z, before = dense(run.d(node.args[0])), run.exact(node.args[0]), run.exact(node)
+    d, z, before = dense(block.d(node.args[0])), block.exact(node.args[0]), block.exact(node)
     dim = int(node.args[1]) % z.dim()  # type: ignore[call-overload]
     rows = [d.select(dim + 1, 0)]
     for k in range(1, z.shape[dim]):
         pair = torch.stack([before.select(dim, k - 1), z.select(dim, k)])
         moved = torch.stack([rows[-1], d.select(dim + 1, k)], 1)
-        rows.append(log_sum_exp(moved, run.base_rounded(torch.softmax(pair, 0)), 1).squeeze(1))
+        rows.append(log_sum_exp(moved, block.base_rounded(torch.softmax(pair, 0)), 1).squeeze(1))
     return Dense(torch.stack(rows, dim + 1))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..estimators.checks import selected
+from ..objective import selected
 from .scores import Scores
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import Bound
-from ..estimators.base import Objective
-from ..estimators.checks import check_loss, selected
+from ..graph.bound import Bound
+from ..objective import Objective, check_loss, selected
 from ..state import cloned_buffers, random_state_kept
 from .scores import Scores, synaptic_flow, synflow_network
 

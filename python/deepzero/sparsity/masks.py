@@ -7,15 +7,14 @@ import fnmatch
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import MaskError
-from ..estimators.base import Mask
-from ..plan import Plan
+from ..objective import Mask
 from .ratios import LayerRatios, fraction_left_out, kept_count
 from .schedules import Schedule, most_sparsity, sparsity_at, sparsity_of, sparsity_state
 
@@ -238,6 +237,13 @@ class LayerwiseRandom(_Redrawn):
 BUDGETS = ("queries", "cost")
 
 
+class Priced(Protocol):
+    """What knows the cost of one query by parameter, as a plan does."""
+
+    @property
+    def costs(self) -> Mapping[str, float]: ...
+
+
 class CostAware(LayerwiseRandom):
     """A uniform draw inside every parameter, more of it where a query is cheap.
 
@@ -263,7 +269,7 @@ class CostAware(LayerwiseRandom):
         self,
         model: nn.Module,
         sparsity: float | Schedule,
-        costs: Mapping[str, float] | Plan,
+        costs: Mapping[str, float] | Priced,
         *,
         exponent: float = 0.5,
         budget: str = "queries",
@@ -277,7 +283,7 @@ class CostAware(LayerwiseRandom):
         if budget not in BUDGETS:
             raise MaskError(f"budget is one of {', '.join(map(repr, BUDGETS))}, got {budget!r}")
         self.exponent, self.budget = float(exponent), budget
-        given = costs if isinstance(costs, Mapping) else costs_of(costs)
+        given = costs if isinstance(costs, Mapping) else costs.costs
         for name in _trainable(model):
             cost = given.get(name)
             if name not in always_on and (cost is None or not (math.isfinite(cost) and cost > 0)):
@@ -335,16 +341,6 @@ def prune(model: nn.Module, mask: Mask) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.mul_(mask[name].to(parameter.device))
-
-
-def costs_of(plan: Plan) -> dict[str, float]:
-    """Seconds of one query by parameter, as a plan measured them."""
-    if not plan.lines:
-        raise MaskError(
-            f"the plan knows no cost by parameter, because the model runs whole: {plan.reason} There every query costs "
-            "the same: use UniformRandom or LayerwiseRandom."
-        )
-    return {line.parameter: line.seconds for line in plan.lines}
 
 
 def allocate(

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 
 from ..engine import Prepared
 from ..errors import ObjectiveError
-from ..estimators.base import Objective
 from ..estimators.cge import CGE
-from ..estimators.checks import selected
 from ..estimators.engine_estimator import EngineEstimator
 from ..estimators.rge import RGE
+from ..objective import Objective, selected
 
 
 @dataclass(frozen=True)

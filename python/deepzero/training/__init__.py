@@ -1,10 +1,10 @@
 """The training loop, its configuration and its checkpoints."""
 
-from .callbacks import Callback, Checkpoints, Metrics, Progress, TensorBoard
+from .callbacks import Checkpoints, Metrics, Progress, TensorBoard
 from .config import Config, load_config
 from .masked import masked_step
 from .schedule import warmup_cosine
-from .trainer import Trainer
+from .trainer import Callback, Trainer
 
 __all__ = [
     "Callback",

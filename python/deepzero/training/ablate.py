@@ -20,9 +20,10 @@ from tqdm import tqdm
 from ..data import ImageData
 from ..errors import BudgetError, ConfigError, DeepZeroError, ObjectiveError, StepError
 from . import checkpoint
+from .build import build_trainer, prepare
 from .callbacks import Progress, read_metrics
 from .config import Config, DataSection, load_config
-from .run import build_trainer, prepare, resume, start
+from .launch import resume, start
 
 METRICS = {"test_accuracy": "test accuracy", "test_loss": "test loss", "train_loss": "training loss"}
 """Values of an epoch that a study may be judged by -> how they are called."""

@@ -16,28 +16,7 @@ from . import checkpoint
 
 if TYPE_CHECKING:
     from .trainer import Trainer
-
-Record = dict[str, Any]
-"""Plain values of one step or epoch: event, step, epoch (epochs done, a float), loss or train_loss, queries, ..."""
-
-
-class Callback:
-    """Hooks of :class:`deepzero.training.Trainer`; override those you need."""
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Before the first step of this process."""
-
-    def on_step(self, trainer: Trainer, record: Record) -> None:
-        """After every optimizer step."""
-
-    def on_epoch(self, trainer: Trainer, record: Record) -> None:
-        """After every epoch and its evaluation."""
-
-    def on_stop(self, trainer: Trainer) -> None:
-        """When the run ends early and resumably: a signal, or a spent budget."""
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Always, last."""
+from .trainer import Callback, Record
 
 
 class Progress(Callback):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import MaskError
-from ..estimators.base import Mask
+from ..objective import Mask
 
 
 @torch.no_grad()

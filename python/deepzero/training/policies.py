@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DeepZeroError, MaskError
 from ..estimators import Objective
-from ..estimators.base import Mask
+from ..objective import Mask
 from ..sparsity import (
     SCORES,
     CostAware,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
 
@@ -17,22 +16,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from .. import data
 from ..baselines import Backprop, ForwardGE, PlainLoop
 from ..data import ImageData, Loader
-from ..errors import CheckpointError, ConfigError, MaskError
+from ..errors import ConfigError, MaskError
 from ..estimators import CGE, RGE, Estimator, HybridGE, Objective, StaleGE
-from ..estimators.checks import selected
 from ..models import MODELS
+from ..objective import selected
 from ..sparsity import prune
-from ..sparsity.masks import costs_of
 from . import checkpoint
-from .callbacks import Callback, Checkpoints, Metrics, Progress, Record, TensorBoard, read_metrics
-from .config import (
-    FIRST_ORDER,
-    Config,
-    EstimatorSection,
-    SparsitySection,
-    load_config,
-    to_toml,
-)
+from .callbacks import Checkpoints, Metrics, Progress, TensorBoard
+from .config import Config, EstimatorSection, SparsitySection
 from .factories import checked_options, chosen, made
 from .masked import masked_step
 from .policies import (
@@ -44,10 +35,9 @@ from .policies import (
     read_costs,
     read_ratios,
     scored,
-    write_costs,
 )
 from .schedule import warmup_cosine
-from .trainer import Trainer
+from .trainer import Callback, Trainer
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "cge": CGE,
@@ -66,14 +56,6 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 RATIOS, BEST, COSTS = "ratios.json", "best-mask.pt", "costs.json"
 """Files, in a run's folder, that its masks follow: layer-wise ratios, the best coordinates of their score, costs."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one training ended: its last epoch's record and the queries per second of the whole run."""
-
-    label: str
-    record: Record
 
 
 def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -163,7 +145,7 @@ def mask_inputs(config: Config, images: ImageData, folder: Path | None = None) -
         elif section.costs is not None:
             costs = read_costs(Path(section.costs))
         else:
-            costs = costs_of(_planner(config, model).plan(batch))
+            costs = _planner(config, model).plan(batch).costs
     return MaskInputs(ratios, best, costs, queries)
 
 
@@ -240,38 +222,6 @@ def build_trainer(
     )
 
 
-def start(config: Config, folder: Path, *, progress: Callback | None = None) -> list[Outcome]:
-    """Train from scratch in a new ``folder``, which from then on can be resumed; ``progress`` replaces the bar."""
-    if (folder / "config.toml").exists():
-        raise ConfigError(
-            f"{folder} already holds a run. Resume it (deepzero resume {folder}), or choose another folder."
-        )
-    check_sparsity(config)
-    images = prepare(config)
-    inputs = mask_inputs(config, images)
-    trainers = _trainers(config, images, folder, inputs, progress)
-    next(iter(trainers.values()))[1].estimator.queries += inputs.queries
-    folder.mkdir(parents=True, exist_ok=True)
-    if inputs.ratios is not None:
-        inputs.ratios.save(folder / RATIOS)
-    if inputs.best is not None:
-        checkpoint.save({"mask": inputs.best}, folder / BEST)
-    if inputs.costs is not None:
-        write_costs(inputs.costs, folder / COSTS)
-    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    return _train(config, trainers, resume=False)
-
-
-def resume(folder: Path, *, progress: Callback | None = None) -> list[Outcome]:
-    """Go on with the run in ``folder`` from its last checkpoint."""
-    if not (folder / "config.toml").exists():
-        raise CheckpointError(f"{folder} holds no run: there is no config.toml in it. Give the folder of a run.")
-    config = load_config(folder / "config.toml")
-    images = prepare(config)
-    trainers = _trainers(config, images, folder, mask_inputs(config, images, folder), progress)
-    return _train(config, trainers, resume=True)
-
-
 def prepare(config: Config) -> ImageData:
     torch.set_num_threads(config.threads)
     try:
@@ -279,40 +229,6 @@ def prepare(config: Config) -> ImageData:
     except (RuntimeError, AssertionError) as refused:  # torch built without CUDA asserts
         raise ConfigError(f"device = {config.device!r} cannot be used: {refused}") from refused
     return data.load(config.data.name, folder=config.data.folder, seed=config.seed)
-
-
-def _trainers(
-    config: Config, images: ImageData, folder: Path, inputs: MaskInputs, progress: Callback | None
-) -> dict[str, tuple[Path, Trainer]]:
-    """Label -> folder and trainer, the run's own first; all are built before any work: a mistake costs no run."""
-    runs = {config.estimator.name: (config, folder)}
-    for method in _first_order_methods(config):
-        runs[FIRST_ORDER[method]] = (first_order_config(config, method), folder / FIRST_ORDER[method])
-    return {
-        label: (place, build_trainer(own, images, place, label=label, inputs=inputs, progress=progress))
-        for label, (own, place) in runs.items()
-    }
-
-
-def _first_order_methods(config: Config) -> Sequence[str]:
-    if isinstance(config.first_order, list):
-        return config.first_order
-    same = "sparse-weight" if config.sparsity.weights == "sparse" else "sparse-gradient"
-    return [same] if config.first_order else []
-
-
-def _train(config: Config, trainers: Mapping[str, tuple[Path, Trainer]], *, resume: bool) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    for label, (place, trainer) in trainers.items():
-        last = place / "checkpoints" / "last.pt"
-        if resume and (last.exists() or not outcomes):
-            trainer.load_state_dict(checkpoint.load(last))
-        else:
-            torch.manual_seed(config.seed)
-        trainer.fit()
-        epochs = [record for record in read_metrics(place / "metrics.jsonl") if record["event"] == "epoch"]
-        outcomes.append(Outcome(label, epochs[-1]))
-    return outcomes
 
 
 def _try_masked_step(config: Config) -> None:

@@ -1,27 +1,19 @@
-"""One block of perturbations through the captured graph: seeds at the parameters, a loss difference each at the end."""
+"""What a rule sees: P perturbations on their way through a graph, their differences, and the base values."""
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .base import Base, is_random, no_autocast, promote, rounded
+from .base_pass import Base, promote, rounded
 from .carriers import Carrier, Dense, Zero, dense
 from .errors import NoRuleError
-from .fusion import Step
-from .rules import RULES
-
-_warned: set[str] = set()
-
-
-def has_rule(node: fx.Node) -> bool:
-    return node.target is operator.getitem or node.target in RULES or is_random(node)
+from .graph.graph import is_random
 
 
 class Block:
@@ -30,14 +22,19 @@ class Block:
     count     P
     dtype     what differences are held in
     operands  that of convolutions and matrix products (bfloat16: half-width units, float32 accumulation)
+    strict    an op without a rule is an error
+    warned    ops without a rule that a warning has named already
     """
 
-    def __init__(self, base: Base, count: int, *, operands: torch.dtype, strict: bool) -> None:
+    def __init__(
+        self, base: Base, count: int, *, operands: torch.dtype, strict: bool, warned: set[str] | None = None
+    ) -> None:
         self.base = base
         self.count = count
         self.dtype = base.dtype
         self.operands = operands
         self.strict = strict
+        self.warned = set() if warned is None else warned
         self.differences: dict[fx.Node, Any] = {}
         self.moments: dict[fx.Node, Tensor] = {}  # [P, 2, C] of the differences of some convolutions (dense_conv2d)
 
@@ -86,19 +83,6 @@ class Block:
         """A convolution or matrix product of differences in the operand dtype; its result stays there for the next."""
         return function(*(t.to(self.operands) for t in tensors))
 
-    def follow(self, node: fx.Node) -> Any:
-        """The carrier of one node, by its rule."""
-        if all(self.raw(source) is Zero for source in node.all_input_nodes):
-            return Zero
-        if node.target is operator.getitem:
-            source = self.raw(node.args[0])
-            return source[node.args[1]] if isinstance(source, tuple | list) else Zero
-        if node.target in RULES:
-            return RULES[node.target](self, node)
-        if is_random(node) and not _distribution_moves(node):
-            return Zero
-        return self.fallback(node)
-
     def moved(self, arg: Any, p: int) -> Any:
         """Base value + difference of perturbation p in float64, in the kind of tensor that the op was written for."""
         base, d = self.exact(arg), self.d(arg)
@@ -123,8 +107,8 @@ class Block:
                 f"{name} has no difference rule and strict=True forbids the slow fallback. Add a rule "
                 "(docs/extending.md: one table row and one small function), or pass strict=False."
             )
-        if name not in _warned:
-            _warned.add(name)
+        if name not in self.warned:
+            self.warned.add(name)
             warnings.warn(
                 f"{name} has no difference rule: it is evaluated in float64 once per query, here "
                 f"{self.count} times a block. Results stay right; docs/extending.md shows how to add a rule.",
@@ -144,72 +128,3 @@ class Block:
         if not isinstance(before, Tensor):
             return Zero
         return Dense((torch.stack([r.double() for r in rows]) - before.double()).to(self.dtype))
-
-
-def run_block(
-    base: Base,
-    steps: Sequence[Step],
-    seeds: Mapping[fx.Node, Carrier],
-    count: int,
-    *,
-    operands: torch.dtype | None = None,
-    strict: bool = False,
-    observe: Callable[[Step, Any, bool], None] | None = None,
-) -> Tensor:
-    """Loss differences [P] in float64 of P perturbations that start as ``seeds`` at the placeholders.
-
-    ``steps`` cover the nodes that a seed can reach, in graph order; a value is freed after its last reader.
-    ``observe(step, carrier, fused)`` is told of every step.
-    """
-    block = Block(base, count, operands=operands or base.dtype, strict=strict)
-    block.differences.update(seeds)
-    loss = base.graph.loss
-
-    def free(step: Step) -> None:
-        for source in step.frees:
-            block.differences.pop(source, None)
-            block.moments.pop(source, None)
-
-    def run(step: Step) -> None:
-        carrier = step.apply(block) if step.apply is not None else None
-        fused = carrier is not None
-        if carrier is not None:
-            block.differences[step.nodes[-1]] = carrier
-        elif step.parts:
-            for part in step.parts:
-                run(part)
-                free(part)
-            return
-        else:
-            for node in step.nodes:
-                carrier = block.follow(node)
-                if carrier is not Zero:
-                    block.differences[node] = carrier
-        if observe is not None:
-            observe(step, carrier, fused)
-
-    try:
-        with torch.no_grad(), no_autocast():
-            for step in steps:
-                run(step)
-                free(step)
-        final = block.d(loss)
-    finally:
-        block.moments.clear()
-        block.differences.clear()  # what remakes a saved base value (HeldBase) still knows the block
-    if final is Zero:
-        return torch.zeros(count, dtype=torch.float64, device=_device(base))
-    return dense(final).reshape(count).double()
-
-
-def _device(base: Base) -> torch.device:
-    value = base.exact(base.graph.loss)
-    return value.device if isinstance(value, Tensor) else torch.device("cpu")
-
-
-_SHAPE_ONLY = ("rand_like", "randn_like", "randint_like", "empty_like")
-
-
-def _distribution_moves(node: fx.Node) -> bool:
-    """Whether a random op reads more than the shape of a moving value."""
-    return not any(name in str(node.target) for name in _SHAPE_ONLY)

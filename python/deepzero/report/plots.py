@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
-from .sparsity import LayerRatios
-from .training.ablate import METRICS, Row, by_label, curves, mean_and_spread
-from .training.callbacks import read_metrics
-from .training.config import FIRST_ORDER
+from ..errors import ConfigError
+from ..sparsity import LayerRatios
+from ..training.ablate import METRICS, Row, by_label, curves, mean_and_spread
+from ..training.callbacks import read_metrics
+from ..training.config import FIRST_ORDER
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Bound
-from .engine import Whole
-from .estimators.base import Objective
-from .estimators.cge import CGE
-from .plan import table
-from .state import random_state_kept
+from ..engine import Whole
+from ..estimators.cge import CGE
+from ..graph.bound import Bound
+from ..objective import Objective
+from ..state import random_state_kept
+from ..text import aligned
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2, "float64": 1e-7}
 """precision -> largest relative error of a parameter tensor's quotients that counts as exact."""
@@ -78,7 +78,7 @@ class Report:
             )
             for r in self.rows
         ]
-        lines = table([head, *cells])
+        lines = aligned([head, *cells])
         lines.append(f"quotients at mu = {self.mu_checked:g} in {self.precision} against plain float64 quotients")
         if not self.double:
             lines.append("the model does not run in float64: the comparison is as exact as its own precision")

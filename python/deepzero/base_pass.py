@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .capture import Graph
+from .graph.graph import Graph, is_random
 
 aten = torch.ops.aten
 
@@ -40,16 +40,6 @@ def no_autocast(off: bool = True) -> Iterator[None]:
         for kind in kinds if off else ():
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether the op draws from a global generator."""
-    tags = getattr(node.target, "tags", ())
-    if node.target is aten.scaled_dot_product_attention.default:
-        return False  # stays whole only without dropout
-    if node.target is aten.rrelu_with_noise_functional.default and not (len(node.args) > 4 and node.args[4]):
-        return False  # a plain leaky ReLU outside of training
-    return torch.Tag.nondeterministic_seeded in tags
 
 
 def traced_dtype(node: fx.Node) -> torch.dtype | None:

@@ -7,7 +7,7 @@ to ``p.grad`` as ``loss.backward()`` would, and leaves random state and buffers 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError
-
-Objective = Callable[[nn.Module, Any], Tensor]
-"""``objective(model, batch)`` returns the loss: a tensor with one element. ``batch`` is any pytree of tensors."""
-
-Mask = Mapping[str, Tensor]
-"""Parameter name -> bool tensor of that parameter's shape; True marks a coordinate to estimate. Absent: skipped."""
+from ..objective import Mask, Objective
 
 
 @dataclass(frozen=True)

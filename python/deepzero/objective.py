@@ -1,33 +1,22 @@
-"""What every estimator checks before any work: steps, schemes, masks, and that the objective returns one number."""
+"""What users hand in: the objective and the mask, and the checks of both before any work."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import MaskError, ObjectiveError, StepError
-from .base import Mask
+from .errors import MaskError, ObjectiveError
 
-SCHEMES = {"forward": (1.0,), "central": (1.0, -1.0)}
-"""scheme -> the signs of the steps; the difference of the outermost losses is divided by their distance."""
+Objective = Callable[[nn.Module, Any], Tensor]
+"""``objective(model, batch)`` returns the loss: a tensor with one element. ``batch`` is any pytree of tensors."""
 
-
-def check_mu(mu: float) -> float:
-    value = float(mu)
-    if not (math.isfinite(value) and value > 0):
-        raise StepError(f"mu must be a positive finite step in weight units, got {mu!r}. The paper's is 5e-3.")
-    return value
-
-
-def check_scheme(scheme: str) -> str:
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {', '.join(map(repr, SCHEMES))}, got {scheme!r}")
-    return scheme
+Mask = Mapping[str, Tensor]
+"""Parameter name -> bool tensor of that parameter's shape; True marks a coordinate to estimate. Absent: skipped."""
 
 
 def check_loss(loss: Any, where: str = "before any perturbation") -> float:

@@ -3,10 +3,10 @@
 A rule takes the running block and a node of the graph, and returns the carrier of the node's difference (or a tuple
 of carriers for an op with several results):
 
-    rule(run, node) -> Carrier
+    rule(block, node) -> Carrier
 
-``run.d(arg)`` is the carrier of an argument, ``run.low(arg)`` its base value in the query dtype, ``run.exact(arg)``
-its base value in float64. Most ops need no such function; they belong to a family:
+``block.d(arg)`` is the carrier of an argument, ``block.low(arg)`` its base value in the query dtype and
+``block.exact(arg)`` in float64. Most ops need no such function; they belong to a family:
 
     linear(op, positions)       the difference goes through the same map
     pointwise(op, ...)          one elementwise function of differences and saved base values
@@ -16,6 +16,7 @@ its base value in float64. Most ops need no such function; they belong to a fami
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,23 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel, same_channel, select, without
+from ..carriers import (
+    Carrier,
+    Dense,
+    OneChannel,
+    OneEntry,
+    Zero,
+    dense,
+    one_channel,
+    same_channel,
+    select,
+    without,
+)
+from ..graph.graph import is_random
 
 if TYPE_CHECKING:
-    from ..run import Block
+    from ..block import Block
+
 
 aten = torch.ops.aten
 
@@ -47,6 +61,14 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def has_rule(node: fx.Node) -> bool:
+    return node.target is operator.getitem or node.target in RULES or is_random(node)
+
+
+def missing_rules(suffix: Sequence[fx.Node]) -> tuple[str, ...]:
+    return tuple(sorted({str(node.target) for node in suffix if not has_rule(node)}))
+
+
 # --- linear maps
 
 
@@ -63,26 +85,26 @@ def linear(op: Any, *positions: int, follow: Follow | None = None, moves: bool =
     """
     positions = positions or (0,)
 
-    def apply(run: Block, node: fx.Node) -> Any:
+    def apply(block: Block, node: fx.Node) -> Any:
         moved = [node.args[i] for i in positions if i < len(node.args)]
-        if any(run.d(n) is not Zero for n in node.all_input_nodes if not _contains(moved, n)):
-            return run.fallback(node)  # an index or a mask moves: not linear any more
+        if any(block.d(n) is not Zero for n in node.all_input_nodes if not _contains(moved, n)):
+            return block.fallback(node)  # an index or a mask moves: not linear any more
         if follow is not None and len(positions) == 1:
-            d = run.raw(node.args[positions[0]])
+            d = block.raw(node.args[positions[0]])
             d = one_channel(d, _largest(d.shape)) if isinstance(d, OneEntry) and d.shape else d
             if isinstance(d, OneChannel):
                 target = follow(node, d.dim)
                 if target is not None:
-                    args = list(run.exact_args(node))
+                    args = list(block.exact_args(node))
                     args[positions[0]] = d.values.unsqueeze(d.dim + 1)
-                    out = _batched(run, node, args, positions)
+                    out = _batched(block, node, args, positions)
                     assert isinstance(out, Tensor)
-                    shape = tuple(run.exact(node).shape)
+                    shape = tuple(block.exact(node).shape)
                     return OneChannel(shape, target, d.channel, out.squeeze(target + 1))
-        args = list(run.exact_args(node))
+        args = list(block.exact_args(node))
         for i in positions:
             if i < len(args):
-                args[i] = _dense_like(run, node.args[i], run.raw if moves else run.d)
+                args[i] = _dense_like(block, node.args[i], block.raw if moves else block.d)
         leaves = [t for t in pytree.tree_leaves([args[i] for i in positions if i < len(args)]) if isinstance(t, Tensor)]
         held = functools.reduce(torch.promote_types, (t.dtype for t in leaves))
         for i in positions:
@@ -90,9 +112,9 @@ def linear(op: Any, *positions: int, follow: Follow | None = None, moves: bool =
                 args[i] = pytree.tree_map(lambda t: t.to(held) if isinstance(t, Tensor) else t, args[i])
         if dim is not None and dim < len(args):  # a plain call is much cheaper than vmap
             args[dim] = args[dim] % (args[0].dim() - 1) + 1
-            out = node.target(*args, **run.exact_kwargs(node))  # type: ignore[operator]
+            out = node.target(*args, **block.exact_kwargs(node))  # type: ignore[operator]
         else:
-            out = _batched(run, node, args, positions)
+            out = _batched(block, node, args, positions)
         return tuple(Dense(o) for o in out) if isinstance(out, tuple | list) else Dense(out)
 
     rule(op)(_named(apply, f"linear {op}"))
@@ -104,22 +126,22 @@ def _contains(args: Any, node: fx.Node) -> bool:
     return node in found
 
 
-def _dense_like(run: Block, arg: Any, read: Callable[[Any], Any]) -> Any:
+def _dense_like(block: Block, arg: Any, read: Callable[[Any], Any]) -> Any:
     """The dense difference of a node, or of every node of a list; zeros where nothing moves."""
     if isinstance(arg, list | tuple):
-        return [_dense_like(run, a, read) for a in arg]
+        return [_dense_like(block, a, read) for a in arg]
     if not isinstance(arg, fx.Node):
         return arg
     d = read(arg)
     if d is Zero:
-        base = run.exact(arg)
-        return torch.zeros((run.count, *base.shape), dtype=run.dtype, device=base.device)
+        base = block.exact(arg)
+        return torch.zeros((block.count, *base.shape), dtype=block.dtype, device=base.device)
     return dense(d)
 
 
-def _batched(run: Block, node: fx.Node, args: Sequence[Any], positions: Sequence[int]) -> Any:
+def _batched(block: Block, node: fx.Node, args: Sequence[Any], positions: Sequence[int]) -> Any:
     """``op`` for every perturbation at once; only the arguments at ``positions`` have a leading P."""
-    kwargs, where = run.exact_kwargs(node), [i for i in positions if i < len(args)]
+    kwargs, where = block.exact_kwargs(node), [i for i in positions if i < len(args)]
 
     def once(*moved: Any) -> Any:
         full = list(args)
@@ -156,22 +178,22 @@ def pointwise(
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def apply(run: Block, node: fx.Node) -> Carrier:
+        def apply(block: Block, node: fx.Node) -> Carrier:
             operands, rest, kwargs = node.args[:arity], node.args[arity:], node.kwargs
-            rest = tuple(run.exact(a) for a in rest)
-            if any(isinstance(a, fx.Node) and run.d(a) is not Zero for a in node.args[arity:]):
-                return run.fallback(node)  # type: ignore[no-any-return]
+            rest = tuple(block.exact(a) for a in rest)
+            if any(isinstance(a, fx.Node) and block.d(a) is not Zero for a in node.args[arity:]):
+                return block.fallback(node)  # type: ignore[no-any-return]
 
             def make() -> tuple[Any, ...]:
-                bases = tuple(run.exact(a) for a in operands)
+                bases = tuple(block.exact(a) for a in operands)
                 wide = tuple(b.double() if isinstance(b, Tensor) else b for b in bases)
                 out = wide if saves is None else saves(*wide, *rest, **kwargs)
                 out = out if isinstance(out, tuple) else (out,)
-                return out if exact else tuple(run.base_rounded(o) for o in out)
+                return out if exact else tuple(block.base_rounded(o) for o in out)
 
-            saved = run.saved(node, "pointwise", make)
-            shape = tuple(run.exact(node).shape)
-            diffs, bases, wrap = align(run, operands, saved, shape, run.raw if half else run.d)
+            saved = block.saved(node, "pointwise", make)
+            shape = tuple(block.exact(node).shape)
+            diffs, bases, wrap = align(block, operands, saved, shape, block.raw if half else block.d)
             if not exact:
                 return wrap(function(*diffs, *bases, *rest, **kwargs))
             # float64 only inside: what follows meets the dtype that came in
@@ -186,7 +208,7 @@ def pointwise(
 
 
 def align(
-    run: Block, operands: Sequence[Any], saved: Sequence[Any], shape: tuple[int, ...], read: Callable[[Any], Any]
+    block: Block, operands: Sequence[Any], saved: Sequence[Any], shape: tuple[int, ...], read: Callable[[Any], Any]
 ) -> tuple[list[Tensor | None], list[Any], Callable[[Tensor], Carrier]]:
     """Bring differences and saved base tensors of a broadcasting op to one layout.
 
@@ -251,20 +273,20 @@ def discrete(*ops: Any, arity: int = 1) -> None:
 
     for op in ops:
 
-        def apply(run: Block, node: fx.Node, op: Any = op) -> Carrier:
+        def apply(block: Block, node: fx.Node, op: Any = op) -> Carrier:
             operands = node.args[:arity]
-            if all(run.d(a) is Zero for a in operands):
+            if all(block.d(a) is Zero for a in operands):
                 return Zero
-            bases = tuple(_double(run.exact(a)) for a in operands)
-            before = run.exact(node)
+            bases = tuple(_double(block.exact(a)) for a in operands)
+            before = block.exact(node)
             shape = tuple(before.shape)
-            diffs, saved, wrap = align(run, operands, (*bases, before), shape, run.d)
+            diffs, saved, wrap = align(block, operands, (*bases, before), shape, block.d)
             inputs = [
-                _typed(run, a, b if d is None else b + d.double())
+                _typed(block, a, b if d is None else b + d.double())
                 for a, b, d in zip(operands, saved[:-1], diffs, strict=True)
             ]
-            after = op(*inputs, *run.exact_args(node)[arity:], **run.exact_kwargs(node))
-            return wrap((after.double() - _double(saved[-1])).to(run.dtype))
+            after = op(*inputs, *block.exact_args(node)[arity:], **block.exact_kwargs(node))
+            return wrap((after.double() - _double(saved[-1])).to(block.dtype))
 
         rule(op)(_named(apply, f"discrete {op}"))
 
@@ -273,9 +295,9 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) else value
 
 
-def _typed(run: Block, arg: Any, value: Any) -> Any:
+def _typed(block: Block, arg: Any, value: Any) -> Any:
     """A float64 value back in the kind (bool, integer, float) that the op was written for."""
-    base = run.exact(arg)
+    base = block.exact(arg)
     if not isinstance(base, Tensor) or not isinstance(value, Tensor) or base.is_floating_point():
         return value
     return value != 0 if base.dtype is torch.bool else value.round().to(base.dtype)

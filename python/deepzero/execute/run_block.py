@@ -1,0 +1,101 @@
+"""One block of perturbations through the captured graph: seeds at the parameters, a loss difference each at the end."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..base_pass import Base, no_autocast
+from ..block import Block
+from ..carriers import Carrier, Zero, dense
+from ..fusion import Step
+from ..graph.graph import is_random
+from ..rules import RULES
+
+
+def run_block(
+    base: Base,
+    steps: Sequence[Step],
+    seeds: Mapping[fx.Node, Carrier],
+    count: int,
+    *,
+    operands: torch.dtype | None = None,
+    strict: bool = False,
+    warned: set[str] | None = None,
+    observe: Callable[[Step, Any, bool], None] | None = None,
+) -> Tensor:
+    """Loss differences [P] in float64 of P perturbations that start as ``seeds`` at the placeholders.
+
+    ``steps`` cover the nodes that a seed can reach, in graph order; a value is freed after its last reader.
+    ``warned`` holds the ops whose missing rule was warned of. ``observe(step, carrier, fused)`` is told of every step.
+    """
+    block = Block(base, count, operands=operands or base.dtype, strict=strict, warned=warned)
+    block.differences.update(seeds)
+    loss = base.graph.loss
+
+    def free(step: Step) -> None:
+        for source in step.frees:
+            block.differences.pop(source, None)
+            block.moments.pop(source, None)
+
+    def run(step: Step) -> None:
+        carrier = step.apply(block) if step.apply is not None else None
+        fused = carrier is not None
+        if carrier is not None:
+            block.differences[step.nodes[-1]] = carrier
+        elif step.parts:
+            for part in step.parts:
+                run(part)
+                free(part)
+            return
+        else:
+            for node in step.nodes:
+                carrier = follow(block, node)
+                if carrier is not Zero:
+                    block.differences[node] = carrier
+        if observe is not None:
+            observe(step, carrier, fused)
+
+    try:
+        with torch.no_grad(), no_autocast():
+            for step in steps:
+                run(step)
+                free(step)
+        final = block.d(loss)
+    finally:
+        block.moments.clear()
+        block.differences.clear()  # what remakes a saved base value (HeldBase) still knows the block
+    if final is Zero:
+        return torch.zeros(count, dtype=torch.float64, device=_device(base))
+    return dense(final).reshape(count).double()
+
+
+def _device(base: Base) -> torch.device:
+    value = base.exact(base.graph.loss)
+    return value.device if isinstance(value, Tensor) else torch.device("cpu")
+
+
+def follow(block: Block, node: fx.Node) -> Any:
+    """The carrier of one node, by its rule."""
+    if all(block.raw(source) is Zero for source in node.all_input_nodes):
+        return Zero
+    if node.target is operator.getitem:
+        source = block.raw(node.args[0])
+        return source[node.args[1]] if isinstance(source, tuple | list) else Zero
+    if node.target in RULES:
+        return RULES[node.target](block, node)
+    if is_random(node) and not _distribution_moves(node):
+        return Zero
+    return block.fallback(node)
+
+
+_SHAPE_ONLY = ("rand_like", "randn_like", "randint_like", "empty_like")
+
+
+def _distribution_moves(node: fx.Node) -> bool:
+    """Whether a random op reads more than the shape of a moving value."""
+    return not any(name in str(node.target) for name in _SHAPE_ONLY)

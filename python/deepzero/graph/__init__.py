@@ -1,0 +1,1 @@
+"""Model and objective captured as a graph, and the black boxes in it."""
