@@ -94,11 +94,11 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {level}".lower()).strip("-")
 
 
-def commit() -> str:
-    """The commit that is measured, with a mark when the code differs from it."""
+def commit(tree: Path = ROOT) -> str:
+    """The commit of the checkout that is measured, with a mark when the code differs from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=tree, capture_output=True, text=True, check=False).stdout.strip()
 
     changed = git("status", "--porcelain", "--", "python", "dzkernels", "csrc", "setup.py")
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else "")
