@@ -109,6 +109,8 @@ def compare_row(name: str, old: Mapping[str, Tensor] | str | None, new: Mapping[
             found.where, found.broken = f"{part}: missing in the {'new' if part in old else 'old'} file", True
             return found
         _compare_part(found, part, old[part], new[part])
+        if found.broken:
+            break
     return found
 
 
