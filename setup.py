@@ -26,24 +26,7 @@ from setuptools.errors import CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 
 # One stem per op: csrc/cpu/<op>.cpp, and csrc/cuda/<op>.cuh where there is one.
-OPS = (
-    "conv2d_tap",
-    "channel_conv2d",
-    "dense_conv2d",
-    "channel_batch_norm",
-    "dense_batch_norm",
-    "conv2d_tap_batch_norm",
-    "channel_conv2d_batch_norm",
-    "channel_linear_cross_entropy",
-    "cross_entropy_difference",
-    "gelu_difference",
-    "layer_norm_difference",
-    "softmax_difference",
-    "attention_difference",
-    "mlp_difference",
-    "linear_difference",
-    "self_attention_difference",
-)
+OPS = tuple(sorted({path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} - {"dispatch", "table"}))
 LEVEL_SOURCES = ("table", *OPS)  # in csrc/cpu, compiled once per instruction set level
 PLAIN_SOURCES = ("module", "cpu/dispatch")
 CUDA_SOURCES = ("cuda/library",)  # includes every <op>.cuh

@@ -22,8 +22,12 @@ from torch import Tensor
 
 from . import _load
 from ._load import BackendError
+from ._op import kernel as declared_kernel
 
-__all__ = ["BACKENDS", "BackendError", "available_backends", "choose", "implementation", "use_backend", "use_isa"]
+__all__ = [
+    "BACKENDS", "BackendError", "able", "asked_for", "available_backends", "choose", "has_kernel", "implementation",
+    "use_backend", "use_isa",
+]  # fmt: skip
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -90,72 +94,31 @@ _REFUSALS: dict[str, Callable[[torch.device | None, torch.dtype | None], str | N
 }
 
 
-# What kernels take beyond float32.
-_MORE_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
-    ("cpu", "dense_conv2d"): (torch.bfloat16,),
-    ("cpu", "dense_batch_norm"): (torch.bfloat16,),
-    ("cpu", "batch_norm_conv2d"): (torch.bfloat16,),
-    ("cpu", "gelu_difference"): (torch.bfloat16,),
-    ("cpu", "layer_norm_difference"): (torch.bfloat16,),
-    ("cpu", "attention_difference"): (torch.bfloat16,),
-    ("cpu", "mlp_difference"): (torch.bfloat16,),
-    ("cpu", "linear_difference"): (torch.bfloat16,),
-    ("cpu", "self_attention_difference"): (torch.bfloat16,),
-    ("cuda", "dense_conv2d"): (torch.bfloat16,),
-    ("triton", "conv2d_tap"): (torch.bfloat16,),
-    ("triton", "channel_conv2d"): (torch.bfloat16,),
-    ("triton", "dense_batch_norm"): (torch.bfloat16,),
-    ("triton", "gelu_difference"): (torch.bfloat16,),
-    ("triton", "layer_norm_difference"): (torch.bfloat16,),
-    ("triton", "attention_difference"): (torch.bfloat16,),
-    ("triton", "batch_norm_conv2d"): (torch.bfloat16,),
-    ("triton", "dense_conv2d"): (torch.bfloat16,),
-    ("triton", "mlp_difference"): (torch.bfloat16,),
-    ("triton", "self_attention_difference"): (torch.bfloat16,),
-    ("triton", "linear_difference"): (torch.bfloat16,),
-}
-
-# Kernels that PyTorch's own op (cuDNN's) may beat and that no GPU has measured: they run where they are asked for by
-# name, and where it is True also for more than that op has.
-_ON_REQUEST = {("cuda", "dense_conv2d"): False, ("triton", "dense_conv2d"): True}
-
-
-# Where plans give convolutions the norms around them. On CPUs that was measured, and loses; on GPUs it is what moves
-# fewer values, counted, until one has measured it (benchmarks.convolutions).
-_FUSING = frozenset({"triton"})
-
-
-def _asked_for() -> str | None:
+def asked_for() -> str | None:
     """The backend of an explicit choice."""
     name = _forced.get() or os.environ.get("DZ_BACKEND")
     return _check_name(name, "DZ_BACKEND") if name else None
 
 
-def fuses_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a backend that runs batch_norm_conv2d there is one for which plans should ask for it."""
-    forced = _asked_for()
-    names = (forced,) if forced else ("cpu", "reference") if device.type == "cpu" else BACKENDS
-    chosen = next((name for name in names if _refusal(name, "batch_norm_conv2d", device, dtype) is None), "")
-    return chosen in _FUSING
-
-
-def fuses(op: str, device: torch.device) -> bool:
-    """Whether plans should ask for `op`, which takes over several layers: on other devices than CPUs the generic rules
-    are faster than the reference."""
-    forced = _asked_for()
-    names = (forced,) if forced else ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton")
-    return any(_refusal(name, op, device, torch.float32) is None for name in names)
-
-
-@functools.cache
 def has_kernel(backend: str, op: str) -> bool:
-    return importlib.util.find_spec(f"dzkernels.{backend}.{op}") is not None
+    return declared_kernel(backend, op) is not None
 
 
 def _refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if not has_kernel(backend, op):
+    kernel = declared_kernel(backend, op)
+    if kernel is None:
         return f"it has no kernel for {op}"
-    return _REFUSALS[backend](device, None if dtype in _MORE_DTYPES.get((backend, op), ()) else dtype)
+    return _REFUSALS[backend](device, None if dtype in kernel.dtypes else dtype)
+
+
+def able(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that can run `op` on such tensors, in the order of choice; where one is asked for, that one or none.
+
+    Says nothing of kernels that run on request only: they can.
+    """
+    forced = asked_for()
+    names = (forced,) if forced else ("cpu", "reference") if device.type == "cpu" else BACKENDS
+    return tuple(name for name in names if _refusal(name, op, device, dtype) is None)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -195,8 +158,8 @@ def use_isa(level: str) -> Iterator[None]:
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, *, fused: bool = False) -> str:
-    """The backend that runs `op` on tensors of `device` and `dtype`; `fused`: with more than PyTorch's op has."""
-    forced = _asked_for()
+    """The backend that runs `op` on tensors of `device` and `dtype`; `fused`: with the moments of the next norm."""
+    forced = asked_for()
     if forced:
         reason = _refusal(forced, op, device, dtype)
         if reason is not None:
@@ -214,7 +177,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, *, fused: bool = F
     else:
         refusals, waived = {}, False
         for chosen in BACKENDS:
-            if (chosen, op) in _ON_REQUEST and not (fused and _ON_REQUEST[chosen, op]):
+            kernel = declared_kernel(chosen, op)
+            if kernel and kernel.on_request and not (fused and kernel.with_moments):
                 waived = not fused
                 continue
             refused_here = _refusal(chosen, op, device, dtype)
@@ -247,3 +211,20 @@ def run(op: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with torch.cuda.device(tensor.device):  # Triton launches on the current one
             return kernel(*args, **kwargs)
     return kernel(*args, **kwargs)
+
+
+# Where plans give convolutions the norms around them. On CPUs that was measured, and loses; on GPUs it is what moves
+# fewer values, counted, until one has measured it (benchmarks.convolutions).
+_FUSING = frozenset({"triton"})
+
+
+def fuses_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend that runs batch_norm_conv2d there is one for which plans should ask for it."""
+    return not _FUSING.isdisjoint(able("batch_norm_conv2d", device, dtype)[:1])
+
+
+def fuses(op: str, device: torch.device) -> bool:
+    """Whether plans should ask for `op`, which takes over several layers: on other devices than CPUs the generic rules
+    are faster than the reference."""
+    names = able(op, device, torch.float32)
+    return bool(names) if device.type == "cpu" or asked_for() else names[:1] not in ((), ("reference",))

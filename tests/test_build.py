@@ -149,7 +149,7 @@ def test_a_space_in_the_path_is_escaped() -> None:
     assert "build dispatch.o: cxx /a$ b/csrc/cpu/dispatch.cpp" in text
 
 
-def test_setup_lists_the_ops() -> None:
+def test_setup_finds_the_ops() -> None:
     composed = {"batch_norm_conv2d"}  # of other ops, on CPUs
     assert tuple(op for op in dzkernels.OPS if op not in composed) == build.OPS
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import dzkernels
-from dzkernels.backends import has_kernel
+from dzkernels._op import DECLARED
+from dzkernels.backends import BACKENDS, has_kernel
+from dzkernels.ops import __main__ as made
 from tiers import QUICK, TESTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +52,22 @@ def test_triton_and_cuda_files_are_ops() -> None:
     assert stems(PACKAGE / "cuda", ".py") == cuda <= set(dzkernels.OPS)
 
 
-def test_the_page_on_gpus_lists_the_kernels() -> None:
-    table = re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|(.*)\|$", (ROOT / "docs" / "gpu.md").read_text(), re.M)
-    listed = {op: ["yes" in cell for cell in cells] for op, *cells in table}
-    assert listed == {op: [has_kernel(backend, op) for backend in ("cpu", "triton", "cuda")] for op in dzkernels.OPS}
+def test_what_is_made_from_the_declarations_is_up_to_date() -> None:
+    """Else run python -m dzkernels.ops."""
+    assert made.STUB.read_text(encoding="utf-8") == made.stub()
+    assert made.PAGE.read_text(encoding="utf-8") == made.page()
+    assert made.table() in made.page()
+
+
+@pytest.mark.parametrize("op", dzkernels.OPS)
+def test_a_declaration_names_the_kernels_and_arguments_that_there_are(op: str) -> None:
+    declared, function = DECLARED[op], getattr(dzkernels, op)
+    files = {backend for backend in BACKENDS if (PACKAGE / backend / f"{op}.py").exists()}
+    assert set(declared.kernels) == files - {"reference"}
+    names = set(inspect.signature(function).parameters)
+    assert {arg.name.split(".")[0] for arg in declared.args} <= names
+    for arg in declared.args:
+        assert arg.below in ("", *(dim for other in declared.args for dim in other.dims.split(", ")))
 
 
 def test_the_native_list_names_the_same_ops() -> None:

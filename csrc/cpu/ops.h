@@ -2,7 +2,7 @@
 // list.
 //
 // P perturbations, N samples, [H, W] input plane, [Ho, Wo] output plane. Strides are in elements. Tensors without
-// strides are contiguous. Arguments are checked by dzkernels/ops.py, which also holds the contract of each op.
+// strides are contiguous. Arguments are checked by dzkernels/ops/<op>.py, which also holds the contract of the op.
 #pragma once
 
 #include <cstdint>

@@ -48,8 +48,8 @@ def moved_rows(delta: Tensor, norm: dzkernels.RowNorm | None) -> tuple[Tensor, T
     return rows, 16 * U * layer_norm_difference.size(args)
 
 
-def norm_errors(r: int, k: int) -> list[tuple[dict[str, Any], type[Exception], str]]:
-    """Wrong norms of R rows of K numbers, with the errors they give."""
+def norm_errors(r: int, k: int, rows: str = "R") -> list[tuple[dict[str, Any], type[Exception], str]]:
+    """Wrong norms of so many `rows` of K numbers, with the errors they give."""
     norm = norm_of(r, k)
     gamma = normal(k + 1, seed=1)
     return [
@@ -57,11 +57,15 @@ def norm_errors(r: int, k: int) -> list[tuple[dict[str, Any], type[Exception], s
         (
             {"norm": norm._replace(zc=norm.zc[:1])},
             ValueError,
-            rf"norm.zc must be of shape \[R, K\] = \[{r}, {k}\], got",
+            rf"norm.zc must be of shape \[{rows}, K\] = \[{r}, {k}\], got",
         ),
         ({"norm": norm._replace(zc=norm.zc.to("meta"))}, ValueError, r"norm.zc must be on cpu like delta, got meta"),
         ({"norm": norm._replace(var=norm.var.float())}, TypeError, r"norm.var must be float64, got float32"),
-        ({"norm": norm._replace(var=norm.var[:1])}, ValueError, rf"norm.var must be of shape \[R\] = \[{r}\], got"),
+        (
+            {"norm": norm._replace(var=norm.var[:1])},
+            ValueError,
+            rf"norm.var must be of shape \[{rows}\] = \[{r}\], got",
+        ),
         ({"norm": norm._replace(var=norm.var.to("meta"))}, ValueError, r"norm.var must be on cpu like delta, got meta"),
         ({"norm": norm._replace(gamma=gamma)}, ValueError, rf"norm.gamma must be of shape \[K\] = \[{k}\], got"),
         (

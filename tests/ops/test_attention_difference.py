@@ -204,11 +204,11 @@ GOOD = inputs((3, (2,), 4, 5, 6, 7), 0.1)
             ValueError,
             r"dk must be of shape \[P, B, S, D\] = \[3, 2, 5, 6\], got \[1, 2, 5, 6\]",
         ),
-        ({"dq": GOOD["dq"][0]}, ValueError, r"dq must be of shape \[P, B, T, D\] = \[2, 2, 4, 6\], got \[2, 4, 6\]"),
+        ({"dq": GOOD["dq"][0]}, ValueError, r"dq must be of shape \[P, B, T, D\] = \[\*, 2, 4, 6\], got \[2, 4, 6\]"),
         (
             {"k": GOOD["k"][:, :0], "v": GOOD["v"][:, :0], "p": GOOD["p"][..., :0]},
             ValueError,
-            r"k and v must be non-empty in S, D and E, got \[2, 0, 6\] and \[2, 0, 7\]",
+            r"k must be non-empty in S and D, got \[2, 0, 6\]",
         ),
         ({"out_dtype": torch.int8}, TypeError, r"out_dtype must be a floating-point dtype, got torch.int8"),
     ],

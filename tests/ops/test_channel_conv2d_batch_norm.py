@@ -137,7 +137,7 @@ GOOD = inputs(SHAPES[1].values[0])
         ({"delta": 1.0}, TypeError, r"dz::channel_conv2d_batch_norm: delta must be a tensor, got float"),
         ({"channel": torch.tensor([0, 1, 2, 0])}, ValueError, r"channel must be in 0..1 \(input channels\), got 2"),
         ({"weight": GOOD["weight"].double()}, TypeError, r"weight must be float32, got float64"),
-        ({"zc": GOOD["zc"][:, :17]}, ValueError, r"zc must be of shape \[N, O, Ho, Wo\] = \[5, 18, 8, 8\], got \[5,"),
+        ({"zc": GOOD["zc"][:, :17]}, ValueError, r"zc must be of shape \[N, O, Ho, Wo\] = \[5, 18, \*, \*\], got \[5,"),
         ({"zc": GOOD["zc"].double()}, TypeError, r"zc must be float32, got float64"),
         ({"var": GOOD["var"].float()}, TypeError, r"var must be float64, got float32"),
         ({"gamma": GOOD["gamma"][:2]}, ValueError, r"gamma must be of shape \[O\] = \[18\], got \[2\]"),

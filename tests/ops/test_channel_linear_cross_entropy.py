@@ -112,7 +112,7 @@ GOOD = inputs(3, 2, 4, 5, 1.0)
         (
             {"delta": torch.zeros(3, 0), "log_probs": torch.zeros(0, 4), "target": GOOD["target"][:0]},
             ValueError,
-            r"log_probs must have samples and classes, got \[0, 4\]",
+            r"log_probs must be non-empty in N and K, got \[0, 4\]",
         ),
         ({"target": GOOD["target"].int()}, TypeError, r"target must be int64, got int32"),
         ({"target": GOOD["target"][:1]}, ValueError, r"target must be of shape \[N\] = \[2\], got \[1\]"),

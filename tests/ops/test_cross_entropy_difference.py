@@ -120,7 +120,7 @@ GOOD = dict(zip(("log_probs", "target", "dlogits"), inputs(3, 2, 4, 1.0), strict
         ({"log_probs": 0}, TypeError, r"dz::cross_entropy_difference: log_probs must be a tensor, got int"),
         ({"log_probs": GOOD["log_probs"].half()}, TypeError, r"log_probs must be float64 or float32, got float16"),
         ({"log_probs": GOOD["log_probs"][0]}, ValueError, r"log_probs must be of shape \[N, K\], got \[4\]"),
-        ({"log_probs": torch.zeros(0, 4)}, ValueError, r"log_probs must have samples and classes, got \[0, 4\]"),
+        ({"log_probs": torch.zeros(0, 4)}, ValueError, r"log_probs must be non-empty in N and K, got \[0, 4\]"),
         ({"target": GOOD["target"].int()}, TypeError, r"target must be int64, got int32"),
         (
             {"target": torch.zeros(3, dtype=torch.int64)},

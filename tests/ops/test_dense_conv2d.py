@@ -217,7 +217,7 @@ GOOD: dict[str, Any] = {"delta": torch.zeros(3, 2, 4, 5, 5), "weight": torch.zer
         (
             {"delta": torch.zeros(3, 0, 4, 5, 5), "next_zc": torch.zeros(0, 6, 3, 3)},
             ValueError,
-            r"next_zc must be non-empty, got \[0, 6, 3, 3\]",
+            r"next_zc must be non-empty in N, O, Ho and Wo, got \[0, 6, 3, 3\]",
         ),
         ({"dilation": 3}, ValueError, r"kernel must be at most the padded input \[5, 5\], got \[3, 3\] with dilation"),
     ],

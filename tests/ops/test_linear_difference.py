@@ -137,7 +137,7 @@ GOOD = case(3, 2, 4, 5, 1.0)
         ({"delta": GOOD["delta"][0]}, ValueError, r"delta must be of shape \[P, R, K\], got \[2, 4\]"),
         ({"weight": GOOD["weight"].double()}, TypeError, r"weight must be float32, got float64"),
         ({"weight": GOOD["weight"][:, :3]}, ValueError, r"weight must be of shape \[M, K\] = \[\*, 4\], got \[5, 3\]"),
-        ({"weight": GOOD["weight"][:0]}, ValueError, r"weight must be non-empty, got \[0, 4\]"),
+        ({"weight": GOOD["weight"][:0]}, ValueError, r"weight must be non-empty in M and K, got \[0, 4\]"),
         ({"weight": GOOD["weight"].to("meta")}, ValueError, r"weight must be on cpu like delta, got meta"),
         ({"residual": GOOD["residual"].long()}, TypeError, r"residual must be of a floating-point dtype, got int64"),
         ({"residual": GOOD["residual"][:2]}, ValueError, r"residual must be of shape \[P, R, M\] = \[3, 2, 5\], got"),

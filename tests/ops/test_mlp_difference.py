@@ -138,7 +138,7 @@ GOOD = case(3, 2, 4, 6, 5, 1.0)
         ({"up": GOOD["up"][:, :3]}, ValueError, r"up must be of shape \[H, K\] = \[\*, 4\], got \[6, 3\]"),
         ({"z": GOOD["z"][:1]}, ValueError, r"z must be of shape \[R, H\] = \[2, 6\], got \[1, 6\]"),
         ({"down": GOOD["down"][:, :3]}, ValueError, r"down must be of shape \[M, H\] = \[\*, 6\], got \[5, 3\]"),
-        ({"down": GOOD["down"][:0]}, ValueError, r"up and down must be non-empty, got \[6, 4\] and \[0, 6\]"),
+        ({"down": GOOD["down"][:0]}, ValueError, r"down must be non-empty in M and H, got \[0, 6\]"),
         ({"down": GOOD["down"].to("meta")}, ValueError, r"down must be on cpu like delta, got meta"),
         ({"residual": GOOD["residual"].long()}, TypeError, r"residual must be of a floating-point dtype, got int64"),
         ({"residual": GOOD["residual"][:2]}, ValueError, r"residual must be of shape \[P, R, M\] = \[3, 2, 5\], got"),

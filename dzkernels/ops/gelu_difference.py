@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _check as check
+from .. import backends
+from .._op import BASE, BFLOAT16, LEAD, Arg, Kernel, Op
+
+OP = Op(
+    __name__,
+    Arg("delta", "P, *s", LEAD),
+    Arg("z", "*s", BASE),
+    cpu=Kernel(BFLOAT16),
+    triton=Kernel(BFLOAT16),
+)
+
+
+def gelu_difference(
+    delta: Tensor, z: Tensor, *, approximate: str = "none", out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Change of GELU when its input moves.
+
+    out[p] = gelu(z + delta[p]) - gelu(z), approximate as in torch.nn.functional.gelu: "none" or "tanh"
+    computed as the Taylor series in delta, and where |delta| > 1/4 as max(z + d, 0) - max(z, 0) by cases plus the
+    change of the bounded rest
+
+    delta   [P, *s]  any s
+    z       [*s]     base input, float64 for a float64 delta, else float32
+    result  [P, *s]  contiguous
+
+    The result has the dtype of delta unless out_dtype is given.
+
+    Exactness: float32 arithmetic; off by at most 6 roundings of 1.13 |delta|, 1.13 being the largest slope, at any
+    delta, rounded once more to another out_dtype.
+    Cost: the coefficients of z once for all P; then reads delta and writes the result, bound by memory traffic.
+    """
+    OP(delta, z)
+    return backends.run(
+        OP.name, delta, delta, z, approximate=check.form_of_gelu(OP.name, approximate),
+        out_dtype=check.float_dtype(OP.name, "out_dtype", out_dtype, delta.dtype),
+    )  # fmt: skip
