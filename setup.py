@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,8 @@ from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).resolve().parent
 
-# One stem per op: csrc/cpu/<op>.cpp, and csrc/cuda/<op>.cuh where there is one.
-OPS = tuple(sorted({path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} - {"dispatch", "table"}))
-LEVEL_SOURCES = ("table", *OPS)  # in csrc/cpu, compiled once per instruction set level
+# One stem per op: csrc/cpu/<op>.cpp, compiled once per instruction set level, and csrc/cuda/<op>.cuh if there is one.
+OPS = tuple(sorted({path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} - {"dispatch"}))
 PLAIN_SOURCES = ("module", "cpu/dispatch")
 CUDA_SOURCES = ("cuda/library",)  # includes every <op>.cuh
 
@@ -115,6 +114,11 @@ def build_config(version: str, cuda: Cuda) -> str:
     )
 
 
+def kernel_list(ops: Iterable[str]) -> str:
+    """The header from which csrc/cpu/dispatch.cpp knows the kernels: DZ_KERNELS(KERNEL) is a KERNEL(op) for each."""
+    return "#pragma once\n#define DZ_KERNELS(KERNEL) " + " ".join(f"KERNEL({op})" for op in ops) + "\n"
+
+
 def ninja_file(
     root: Path, levels: Mapping[str, str], cuda: Cuda, includes: list[str], environ: Mapping[str, str]
 ) -> str:
@@ -138,7 +142,7 @@ def ninja_file(
             f"build {objects[-1]}: cxx {csrc}/{source}.cpp",
             f"  flags = -O1 -I. {' '.join(f'-isystem {path}' for path in includes)}",
         ]
-    for source in LEVEL_SOURCES:
+    for source in OPS:
         for level, isa in levels.items():
             objects.append(f"{source}.{level}.o")
             lines += [f"build {objects[-1]}: cxx {csrc}/cpu/{source}.cpp", f"  flags = -O3 -DDZ_ISA={level} {isa}"]
@@ -177,12 +181,16 @@ class build_ext(_build_ext):
         if not self.cuda.nvcc:
             self.extensions = [ext for ext in self.extensions if ext.name != "dzkernels._cuda"]
             self.distribution.ext_modules = self.extensions
-        config = self.folder / "build_config.h"
-        text = build_config(self.distribution.get_version(), self.cuda)
-        if not config.exists() or config.read_text() != text:
-            config.write_text(text)
+        self.header("build_config.h", build_config(self.distribution.get_version(), self.cuda))
+        self.header("kernel_list.h", kernel_list(OPS))
         super().run()
         print(summary(self.levels, self.cuda))
+
+    def header(self, name: str, text: str) -> None:
+        """Written only where it changes, as what includes it is then compiled again."""
+        path = self.folder / name
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
 
     def ninja(self, target: str) -> bool:
         import ninja

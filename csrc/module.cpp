@@ -1,6 +1,8 @@
-// Python bindings of the CPU kernels. Pointers come in as integers, made and checked by dzkernels; the GIL is released.
+// Python bindings of the CPU kernels. Arguments are made and checked by dzkernels; the GIL is released.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <cstring>
 
 #include "build_config.h"
 #include "cpu/dispatch.h"
@@ -9,32 +11,58 @@ namespace py = pybind11;
 
 namespace {
 
-// How one kernel argument travels from Python.
-template <typename T>
-struct Wire {
-  using type = T;
-  static T get(T value) { return value; }
-};
-template <typename T>
-struct Wire<T*> {
-  using type = std::uintptr_t;
-  static T* get(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
-};
+// An address: an integer, None for null, or what data_ptr() of a tensor gives.
+const void* address_of(PyObject* value) {
+  if (value == Py_None) return nullptr;
+  if (PyLong_Check(value)) return PyLong_AsVoidPtr(value);
+  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+  const py::object address = py::reinterpret_steal<py::object>(PyObject_CallMethodObjArgs(value, name, nullptr));
+  return address ? PyLong_AsVoidPtr(address.ptr()) : nullptr;
+}
 
-template <typename... Args>
-void bind(py::module_& module, const char* name, void (*dz::Table::*kernel)(Args...)) {
-  module.def(name, [kernel](typename Wire<Args>::type... args) {
-    py::gil_scoped_release release;
-    (dz::kernels().*kernel)(Wire<Args>::get(args)...);
-  });
+dz::Word word_of(char code, PyObject* value) {
+  dz::Word word;
+  switch (code) {
+    case 'p':
+      word.address = address_of(value);
+      break;
+    case 'd':
+      word.real = PyFloat_AsDouble(value);
+      break;
+    case 'b':
+      word.integer = PyObject_IsTrue(value);
+      break;
+    default:
+      word.integer = PyLong_AsLongLong(value);
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return word;
+}
+
+void call(const dz::Kernel* const* levels, const py::args& args) {
+  constexpr size_t most = 64;
+  const dz::Kernel& kernel = dz::at_level_in_use(levels);
+  const size_t count = std::strlen(kernel.codes);
+  if (args.size() != count || count > most) {
+    throw py::type_error(std::string(kernel.name) + " takes " + std::to_string(count) + " arguments, got " +
+                         std::to_string(args.size()));
+  }
+  dz::Word words[most];
+  for (size_t i = 0; i < count; ++i) words[i] = word_of(kernel.codes[i], PyTuple_GET_ITEM(args.ptr(), i));
+  py::gil_scoped_release release;
+  kernel.call(words);
+}
+
+py::cpp_function kernel(const std::string& name) {
+  const dz::Kernel* const* levels = dz::kernel_levels(name);
+  return py::cpp_function([levels](const py::args& args) { call(levels, args); });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-#define DZ_BIND(op, signature) bind(module, #op, &dz::Table::op);
-  DZ_CPU_OPS(DZ_BIND)
-#undef DZ_BIND
+  module.def("kernel", &kernel);
+  module.def("kernels", &dz::kernel_names);
   module.def("isa_built", &dz::isa_built);
   module.def("isa_refusal", &dz::isa_refusal);
   module.def("isa_best", &dz::isa_best);

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -40,6 +41,12 @@ def native() -> ModuleType:
     if module is None or error is not None:
         raise BackendError(error)
     return module
+
+
+@functools.cache
+def kernel(op: str) -> Callable[..., None]:
+    """The CPU kernel of an op, at whatever instruction set level is in use when it is called."""
+    return native().kernel(op)
 
 
 def native_error() -> str | None:

@@ -16,6 +16,7 @@ import torch
 from setuptools.errors import SetupError
 
 import dzkernels
+from dzkernels import _load
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,7 +134,7 @@ def test_ninja_file_names_every_source_once_per_level(nvcc: str | None) -> None:
     levels = build.isa_levels("x86_64")
     text = build.ninja_file(ROOT, levels, build.decide_cuda({}, nvcc), ["/include"], {"CXX": "c++"})
     assert "cxx = c++" in text
-    for source in build.LEVEL_SOURCES:
+    for source in build.OPS:
         assert (ROOT / "csrc" / "cpu" / f"{source}.cpp").exists()
         for level in levels:
             assert len(re.findall(rf"^build {source}\.{level}\.o:", text, re.M)) == 1
@@ -152,6 +153,25 @@ def test_a_space_in_the_path_is_escaped() -> None:
 def test_setup_finds_the_ops() -> None:
     composed = {"batch_norm_conv2d"}  # of other ops, on CPUs
     assert tuple(op for op in dzkernels.OPS if op not in composed) == build.OPS
+
+
+def test_the_list_of_kernels_is_what_was_built() -> None:
+    assert build.kernel_list(["a", "b"]) == "#pragma once\n#define DZ_KERNELS(KERNEL) KERNEL(a) KERNEL(b)\n"
+    assert tuple(_load.native().kernels()) == build.OPS
+
+
+def test_a_kernel_takes_what_its_signature_says() -> None:
+    kernel = _load.kernel("softmax_difference")
+    one = torch.zeros(1, 1, 1)
+    with pytest.raises(TypeError, match="softmax_difference takes 7 arguments, got 2"):
+        kernel(one, one)
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        kernel(one, one, one, 1.0, 1, 1, False)
+    with pytest.raises(AttributeError, match="data_ptr"):
+        kernel(one, one, "one", 1, 1, 1, False)
+    kernel(one, one, one, 0, 0, 0, False)
+    with pytest.raises(ValueError, match="there is no kernel 'hardmax_difference'"):
+        _load.kernel("hardmax_difference")
 
 
 def test_build_info_of_this_installation() -> None:

@@ -49,10 +49,16 @@ void attend(Operand<In> dq, Operand<In> dk, Operand<In> dv, Operand<float> q, Op
 
 }  // namespace
 
-void DZ_KERNEL(attention_difference)(const void* dq, const void* dk, const void* dv, const float* q, const float* k,
-                                     const float* v, const float* p, void* out, const int64_t* strides, double scale,
-                                     int64_t P, int64_t N, int64_t H, int64_t T, int64_t S, int64_t D, int64_t E,
-                                     bool half, bool out_half) {
+DZ_KERNEL(attention_difference, (const void* dq,  // [P, N, H, T, D] float32, or bfloat16 with half; may be null
+                                 const void* dk,  // [P, N, H, S, D]  likewise
+                                 const void* dv,  // [P, N, H, S, E]  likewise
+                                 const float* q,  // [N, H, T, D]
+                                 const float* k, const float* v,  // [N, H, S, D], [N, H, S, E]
+                                 const float* p,                  // [N, H, T, S]
+                                 void* out,                       // [P, N, T, H, E] float32, or bfloat16 with out_half
+                                 const int64_t* strides,  // [6, 4] of dq, dk, dv, q, k, v along P, N, H and rows
+                                 double scale, int64_t P, int64_t N, int64_t H, int64_t T, int64_t S, int64_t D,
+                                 int64_t E, bool half, bool out_half)) {
   const auto run = [&](auto in, auto* to) {
     using In = decltype(in);
     attend(operand<In>(dq, strides), operand<In>(dk, strides + 4), operand<In>(dv, strides + 8),

@@ -96,11 +96,16 @@ void neighbours_maximum(const float* from, float* out, int64_t pool, int64_t siz
 
 }  // namespace
 
-void DZ_KERNEL(channel_batch_norm)(const float* delta, const int64_t* channel, const float* x, const double* mean,
-                                   const double* var, const double* gamma, const float* y, const float* gap, float* out,
-                                   double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t xn, int64_t xc,
-                                   int64_t xh, int64_t xw, int64_t yn, int64_t yc, int64_t yh, int64_t yw, int64_t gn,
-                                   int64_t gc, int64_t gh, int64_t gw, int64_t pool, bool training) {
+DZ_KERNEL(channel_batch_norm, (const float* delta,      // [P, N, H, W]
+                               const int64_t* channel,  // [P]
+                               const float* x,          // [N, C, H, W] with strides xn, xc, xh, xw
+                               const double* mean, const double* var, const double* gamma,  // [C] each
+                               const float* y,    // [N, C, H, W] with strides yn, yc, yh, yw, or null: no activation
+                               const float* gap,  // [N, C, H, W] with strides gn, gc, gh, gw, or null: no pooling
+                               float* out,        // [P, N, H / pool, W / pool]
+                               double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t xn, int64_t xc,
+                               int64_t xh, int64_t xw, int64_t yn, int64_t yc, int64_t yh, int64_t yw, int64_t gn,
+                               int64_t gc, int64_t gh, int64_t gw, int64_t pool, bool training)) {
   const int64_t M = N * H * W, blocks = ceil_div(M, kBlock);
   if (M == 0) return;
   const int64_t threads = omp_get_max_threads();

@@ -144,11 +144,14 @@ void convolve(const float* delta, const int64_t* channel, const float* weight, O
 
 }  // namespace
 
-void DZ_KERNEL(channel_conv2d)(const float* delta, const int64_t* channel, const float* weight, void* out, int64_t P,
-                               int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t O, int64_t kh,
-                               int64_t kw, int64_t wo, int64_t wc, int64_t wh, int64_t ww, int64_t stride_h,
-                               int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
-                               int64_t in_per_group, int64_t out_per_group, bool half) {
+DZ_KERNEL(channel_conv2d,
+          (const float* delta,      // [P, N, H, W]
+           const int64_t* channel,  // [P] input channel
+           const float* weight,     // [O, in_per_group, kh, kw] with strides wo, wc, wh, ww
+           void* out,               // [P, N, Ho, Wo, O] float32, or bfloat16 with half
+           int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t O, int64_t kh, int64_t kw,
+           int64_t wo, int64_t wc, int64_t wh, int64_t ww, int64_t stride_h, int64_t stride_w, int64_t pad_h,
+           int64_t pad_w, int64_t dil_h, int64_t dil_w, int64_t in_per_group, int64_t out_per_group, bool half)) {
   const auto run = [&](auto* to) {
     convolve(delta, channel, weight, to, P, N, H, W, Ho, Wo, O, kh, kw, wo, wc, wh, ww, stride_h, stride_w, pad_h,
              pad_w, dil_h, dil_w, in_per_group, out_per_group);

@@ -204,12 +204,16 @@ struct ChannelsLast {
 
 }  // namespace
 
-void DZ_KERNEL(channel_conv2d_batch_norm)(const float* delta, const int64_t* channel, const float* weight,
-                                          const float* zc, const double* var, const double* gamma, const double* beta,
-                                          void* out, double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho,
-                                          int64_t Wo, int64_t C, int64_t O, int64_t kh, int64_t kw, int64_t stride_h,
-                                          int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w,
-                                          int64_t pool, bool training, bool relu, bool mean, bool half) {
+DZ_KERNEL(channel_conv2d_batch_norm,
+          (const float* delta,                                          // [P, N, H, W]
+           const int64_t* channel,                                      // [P] input channel
+           const float* weight,                                         // [O, C, kh, kw]
+           const float* zc,                                             // [O, N, Ho, Wo]
+           const double* var, const double* gamma, const double* beta,  // [O] each
+           void* out,  // [P, N, Ho / pool, Wo / pool, O], with mean [P, N, O]; float32, or bfloat16 with half
+           double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t C, int64_t O,
+           int64_t kh, int64_t kw, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
+           int64_t dil_w, int64_t pool, bool training, bool relu, bool mean, bool half)) {
   const Window window = {H, W, Ho, Wo, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w};
   if (N * O * Ho * Wo == 0 || P == 0) return;
   // For means a piece has whole images, read from whole registers of which the last one may begin anywhere.

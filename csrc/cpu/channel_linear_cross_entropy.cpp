@@ -2,9 +2,13 @@
 
 namespace dz {
 
-void DZ_KERNEL(channel_linear_cross_entropy)(const float* delta, const int64_t* channel, const float* weight,
-                                             const double* log_probs, const double* probs, const int64_t* target,
-                                             double* out, int64_t P, int64_t N, int64_t K, int64_t wk, int64_t wc) {
+DZ_KERNEL(channel_linear_cross_entropy, (const float* delta,                            // [P, N]
+                                         const int64_t* channel,                        // [P] input feature
+                                         const float* weight,                           // [K, C] with strides wk, wc
+                                         const double* log_probs, const double* probs,  // [N, K] each
+                                         const int64_t* target,                         // [N]
+                                         double* out,                                   // [P]
+                                         int64_t P, int64_t N, int64_t K, int64_t wk, int64_t wc)) {
   mean_change(log_probs, probs, out, P, N, K, [=](int64_t p) {
     return [=](const int64_t* n, double* e) {
       const float *own = weight + channel[p] * wc, *d = delta + p * N;

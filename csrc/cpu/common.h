@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <new>
 
-#include "table.h"
+#include "kernel.h"
 
 #define DZ_INLINE inline __attribute__((always_inline))
 

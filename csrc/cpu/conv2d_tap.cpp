@@ -2,10 +2,13 @@
 
 namespace dz {
 
-void DZ_KERNEL(conv2d_tap)(const float* x, const int64_t* coord, const float* step, float* out, int64_t P, int64_t N,
-                           int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t xn, int64_t xc, int64_t xh, int64_t xw,
-                           int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
-                           int64_t dil_w, int64_t in_per_group, int64_t out_per_group) {
+DZ_KERNEL(conv2d_tap, (const float* x,        // [N, Cin, H, W] with strides xn, xc, xh, xw
+                       const int64_t* coord,  // [P, 4] as (o, c, i, j)
+                       const float* step,     // [P]
+                       float* out,            // [P, N, Ho, Wo]
+                       int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t xn, int64_t xc,
+                       int64_t xh, int64_t xw, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+                       int64_t dil_h, int64_t dil_w, int64_t in_per_group, int64_t out_per_group)) {
   const int64_t row_step = stride_w * xw;
   // Samples outside, perturbations inside: one sample of x stays in cache for all of them.
 #pragma omp parallel for collapse(2) schedule(static)

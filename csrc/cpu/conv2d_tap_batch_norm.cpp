@@ -73,12 +73,15 @@ struct Planes {
 
 }  // namespace
 
-void DZ_KERNEL(conv2d_tap_batch_norm)(const float* x, const int64_t* coord, const float* step, const float* zc,
-                                      const double* var, const double* gamma, const double* beta, float* out,
-                                      double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo,
-                                      int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
-                                      int64_t dil_w, int64_t in_per_group, int64_t out_per_group, int64_t pool,
-                                      bool training, bool relu) {
+DZ_KERNEL(conv2d_tap_batch_norm,
+          (const float* x,                                              // [Cin, N, H, W]
+           const int64_t* coord, const float* step,                     // [P, 4] as (o, c, i, j), [P]
+           const float* zc,                                             // [O, N, Ho, Wo]
+           const double* var, const double* gamma, const double* beta,  // [O] each
+           float* out,                                                  // [P, N, Ho / pool, Wo / pool]
+           double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t stride_h,
+           int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w, int64_t in_per_group,
+           int64_t out_per_group, int64_t pool, bool training, bool relu)) {
   const Window window = {H, W, Ho, Wo, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w};
   const int64_t M = N * Ho * Wo;
   if (M == 0 || P == 0) return;

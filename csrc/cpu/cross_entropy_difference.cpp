@@ -2,8 +2,11 @@
 
 namespace dz {
 
-void DZ_KERNEL(cross_entropy_difference)(const double* log_probs, const double* probs, const int64_t* target,
-                                         const float* dlogits, double* out, int64_t P, int64_t N, int64_t K) {
+DZ_KERNEL(cross_entropy_difference, (const double* log_probs, const double* probs,  // [N, K] each
+                                     const int64_t* target,                         // [N]
+                                     const float* dlogits,                          // [P, N, K]
+                                     double* out,                                   // [P]
+                                     int64_t P, int64_t N, int64_t K)) {
   mean_change(log_probs, probs, out, P, N, K, [=](int64_t p) {
     return [=](const int64_t* n, double* e) {
       const float* rows[kSide];

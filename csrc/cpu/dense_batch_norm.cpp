@@ -398,11 +398,17 @@ void dense(const Norm& norm, const In* delta, Out* out) {
 
 }  // namespace
 
-void DZ_KERNEL(dense_batch_norm)(const void* delta, const float* zc, const double* var, const double* gamma,
-                                 const void* residual, const int64_t* residual_channel, const float* y,
-                                 const float* gap, void* out, double eps, int64_t P, int64_t N, int64_t H, int64_t W,
-                                 int64_t C, int64_t pool, bool training, bool delta_half, bool residual_half,
-                                 bool out_half) {
+DZ_KERNEL(dense_batch_norm, (const void* delta,  // [P, N, H, W, C] float32, or bfloat16 with delta_half
+                             const float* zc,    // [N, H, W, C]
+                             const double* var, const double* gamma,  // [C] each
+                             const void* residual,  // null, or [P, N, H, W, C] float32 (bfloat16 with residual_half);
+                                                    // [P, N, H, W] float32 with residual_channel
+                             const int64_t* residual_channel,  // [P] or null
+                             const float* y,                   // [N, H, W, C] or null: no activation
+                             const float* gap,                 // [N, H, W, C] or null: no pooling
+                             void* out,  // [P, N, H / pool, W / pool, C] float32, or bfloat16 with out_half
+                             double eps, int64_t P, int64_t N, int64_t H, int64_t W, int64_t C, int64_t pool,
+                             bool training, bool delta_half, bool residual_half, bool out_half)) {
   const Norm norm = {zc,   var,      gamma,         residual,      residual_channel, y, gap, eps, P, N, H, W, C,
                      pool, training, residual_half, N * H * W * C, row_length(C)};
   if (norm.size == 0 || P == 0) return;

@@ -193,8 +193,11 @@ DZ_INLINE void scatter(const Images& s, const float* m, int64_t step, const Plac
 
 }  // namespace
 
-void DZ_KERNEL(dense_conv2d)(const float* delta, const float* weight, float* out, int64_t images, int64_t H, int64_t W,
-                             int64_t C, int64_t Ho, int64_t Wo, int64_t O, int64_t pad_h, int64_t pad_w) {
+DZ_KERNEL(dense_conv2d, (const float* delta,   // [images, H, W, C]
+                         const float* weight,  // [O, C, 3, 3]
+                         float* out,           // [images, Ho, Wo, O]
+                         int64_t images, int64_t H, int64_t W, int64_t C, int64_t Ho, int64_t Wo, int64_t O,
+                         int64_t pad_h, int64_t pad_w)) {
   const Images s = {images, H, W, C, Ho, Wo, O, pad_h, pad_w};
   const int64_t Cp = ceil_div(C, kLanes) * kLanes, Op = ceil_div(O, kLanes) * kLanes;
   const int64_t tiles = images * ceil_div(Ho, kTile) * ceil_div(Wo, kTile);

@@ -3,6 +3,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "kernel_list.h"  // DZ_KERNELS(KERNEL), a KERNEL(op) for every op: written by setup.py
+
 #ifdef DZ_X86
 #include <cpuid.h>
 #endif
@@ -13,28 +15,29 @@
 
 namespace dz {
 
-const Table* table_base();
 #ifdef DZ_X86
-const Table* table_v3();
-const Table* table_v4();
-const Table* table_amx();
+#define DZ_LEVELS(LEVEL, op) LEVEL(base, op) LEVEL(v3, op) LEVEL(v4, op) LEVEL(amx, op)
+#else
+#define DZ_LEVELS(LEVEL, op) LEVEL(base, op)
 #endif
+
+// The records that the files <op>.cpp define.
+#define DZ_RECORD(level, op) extern const Kernel op##_##level;
+#define DZ_RECORDS(op) DZ_LEVELS(DZ_RECORD, op)
+DZ_KERNELS(DZ_RECORDS)
 
 namespace {
 
-struct Level {
-  const char* name;
-  const Table* (*table)();
-};
+constexpr const char* kLevels[] = {
+#define DZ_NAME(level, op) #level,
+    DZ_LEVELS(DZ_NAME, )};
+constexpr size_t kLevelCount = sizeof(kLevels) / sizeof(kLevels[0]);
 
-constexpr Level kLevels[] = {
-    {"base", &table_base},
-#ifdef DZ_X86
-    {"v3", &table_v3},
-    {"v4", &table_v4},
-    {"amx", &table_amx},
-#endif
-};
+// One row per op, one column per level.
+constexpr const Kernel* kKernels[][kLevelCount] = {
+#define DZ_ADDRESS(level, op) &op##_##level,
+#define DZ_ROW(op) {DZ_LEVELS(DZ_ADDRESS, op)},
+    DZ_KERNELS(DZ_ROW)};
 
 #ifdef DZ_X86
 // Whether the CPU multiplies tiles of bfloat16 and the system saves them; it wants to be asked, once a process.
@@ -75,15 +78,16 @@ const char* missing_feature(const std::string& level) {
   return nullptr;
 }
 
-const Level* find(const std::string& name) {
-  for (const Level& level : kLevels) {
-    if (name == level.name) return &level;
+// The place of a level among those built, or -1.
+int find(const std::string& name) {
+  for (size_t i = 0; i < kLevelCount; ++i) {
+    if (name == kLevels[i]) return static_cast<int>(i);
   }
-  return nullptr;
+  return -1;
 }
 
-std::atomic<const Level*>& current() {
-  static std::atomic<const Level*> level{find(isa_best())};
+std::atomic<int>& current() {
+  static std::atomic<int> level{find(isa_best())};
   return level;
 }
 
@@ -91,14 +95,14 @@ std::atomic<const Level*>& current() {
 
 std::vector<std::string> isa_built() {
   std::vector<std::string> names;
-  for (const Level& level : kLevels) names.emplace_back(level.name);
+  for (const char* level : kLevels) names.emplace_back(level);
   return names;
 }
 
 std::string isa_refusal(const std::string& name) {
-  if (find(name) == nullptr) {
+  if (find(name) < 0) {
     std::string known;
-    for (const Level& level : kLevels) known += (known.empty() ? "" : ", ") + std::string(level.name);
+    for (const char* level : kLevels) known += (known.empty() ? "" : ", ") + std::string(level);
     return "'" + name + "' is not one of the levels built: " + known;
   }
   const char* missing = missing_feature(name);
@@ -107,13 +111,13 @@ std::string isa_refusal(const std::string& name) {
 
 std::string isa_best() {
   std::string best = "base";
-  for (const Level& level : kLevels) {
-    if (missing_feature(level.name) == nullptr) best = level.name;
+  for (const char* level : kLevels) {
+    if (missing_feature(level) == nullptr) best = level;
   }
   return best;
 }
 
-std::string isa() { return current().load()->name; }
+std::string isa() { return kLevels[current()]; }
 
 void set_isa(const std::string& name) {
   const std::string refusal = isa_refusal(name);
@@ -121,6 +125,19 @@ void set_isa(const std::string& name) {
   current() = find(name);
 }
 
-const Table& kernels() { return *current().load()->table(); }
+std::vector<std::string> kernel_names() {
+  std::vector<std::string> names;
+  for (const auto& levels : kKernels) names.emplace_back(levels[0]->name);
+  return names;
+}
+
+const Kernel* const* kernel_levels(const std::string& name) {
+  for (const auto& levels : kKernels) {
+    if (name == levels[0]->name) return levels;
+  }
+  throw std::invalid_argument("there is no kernel '" + name + "'");
+}
+
+const Kernel& at_level_in_use(const Kernel* const* levels) { return *levels[current()]; }
 
 }  // namespace dz

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "table.h"
+#include "kernel.h"
 
 namespace dz {
 
@@ -16,6 +16,10 @@ std::string isa_best();
 std::string isa();
 // Throws std::invalid_argument with the reason if `level` cannot run here.
 void set_isa(const std::string& level);
-const Table& kernels();
+
+std::vector<std::string> kernel_names();
+// The kernel at every level; throws std::invalid_argument if there is none of that name.
+const Kernel* const* kernel_levels(const std::string& name);
+const Kernel& at_level_in_use(const Kernel* const* levels);
 
 }  // namespace dz

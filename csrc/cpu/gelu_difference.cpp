@@ -27,8 +27,10 @@ void all(const In* delta, const float* z, Out* out, int64_t P, int64_t S) {
 
 }  // namespace
 
-void DZ_KERNEL(gelu_difference)(const void* delta, const float* z, void* out, int64_t P, int64_t S, bool tanh,
-                                bool half, bool out_half) {
+DZ_KERNEL(gelu_difference, (const void* delta,  // [P, S] float32, or bfloat16 with half
+                            const float* z,     // [S]
+                            void* out,          // [P, S] float32, or bfloat16 with out_half
+                            int64_t P, int64_t S, bool tanh, bool half, bool out_half)) {
   if (P == 0 || S == 0) return;
   with_types(delta, half, out, out_half, [&](const auto* from, auto* to) {
     if (tanh) {

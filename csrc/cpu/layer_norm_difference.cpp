@@ -26,9 +26,11 @@ void all(const In* delta, const float* zc, const double* var, const float* gamma
 
 }  // namespace
 
-void DZ_KERNEL(layer_norm_difference)(const void* delta, const float* zc, const double* var, const float* gamma,
-                                      void* out, double eps, int64_t P, int64_t R, int64_t M, bool centre, bool half,
-                                      bool out_half) {
+DZ_KERNEL(layer_norm_difference, (const void* delta,                   // [P, R, M] float32, or bfloat16 with half
+                                  const float* zc, const double* var,  // [R, M], [R]
+                                  const float* gamma,                  // [M] or null: 1
+                                  void* out,                           // [P, R, M] float32, or bfloat16 with out_half
+                                  double eps, int64_t P, int64_t R, int64_t M, bool centre, bool half, bool out_half)) {
   if (M == 0) return;
   with_types(delta, half, out, out_half,
              [&](const auto* from, auto* to) { all(from, zc, var, gamma, to, eps, P, R, M, centre); });

@@ -46,10 +46,14 @@ void all(const In* delta, Norm norm, const float* weight, const More* residual, 
 
 }  // namespace
 
-void DZ_KERNEL(linear_difference)(const void* delta, const float* zc, const double* var, const float* gamma,
-                                  const float* weight, const void* residual, void* out, double eps, int64_t P,
-                                  int64_t R, int64_t K, int64_t M, bool half, bool residual_half, bool out_half,
-                                  bool narrow) {
+DZ_KERNEL(linear_difference, (const void* delta,                   // [P, R, K] float32, or bfloat16 with half
+                              const float* zc, const double* var,  // [R, K], [R] of the layer norm; null: there is none
+                              const float* gamma,                  // [K] or null: 1
+                              const float* weight,                 // [M, K]
+                              const void* residual,  // [P, R, M] float32, or bfloat16 with residual_half; may be null
+                              void* out,             // [P, R, M] float32, or bfloat16 with out_half
+                              double eps, int64_t P, int64_t R, int64_t K, int64_t M, bool half, bool residual_half,
+                              bool out_half, bool narrow)) {  // narrow: bfloat16 products
   if (P == 0 || R == 0) return;
   with_types(residual, residual_half, out, out_half, [&](const auto* more, auto* to) {
     const auto run = [&](const auto* from) {

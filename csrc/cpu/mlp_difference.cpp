@@ -66,10 +66,14 @@ void all(const In* delta, Norm norm, const float* up, const float* z, const floa
 
 }  // namespace
 
-void DZ_KERNEL(mlp_difference)(const void* delta, const float* zc, const double* var, const float* gamma,
-                               const float* up, const float* z, const float* down, const void* residual, void* out,
-                               double eps, int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, bool tanh, bool half,
-                               bool residual_half, bool out_half, bool narrow) {
+DZ_KERNEL(mlp_difference, (const void* delta,                   // [P, R, K] float32, or bfloat16 with half
+                           const float* zc, const double* var,  // [R, K], [R] of the layer norm; null: there is none
+                           const float* gamma,                  // [K] or null: 1
+                           const float* up, const float* z, const float* down,  // [H, K], [R, H], [M, H]
+                           const void* residual,  // [P, R, M] float32, or bfloat16 with residual_half; may be null
+                           void* out,             // [P, R, M] float32, or bfloat16 with out_half
+                           double eps, int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, bool tanh, bool half,
+                           bool residual_half, bool out_half, bool narrow)) {  // narrow: bfloat16 products
   if (P == 0 || R == 0) return;
   with_types(residual, residual_half, out, out_half, [&](const auto* more, auto* to) {
     const auto finish = [=](const float* values, int64_t at) { give_row(values, more, to, at, M); };

@@ -61,12 +61,19 @@ void all(const In* delta, Norm norm, const float* weight, const float* q, const 
 
 }  // namespace
 
-void DZ_KERNEL(self_attention_difference)(const void* delta, const float* zc, const double* var, const float* gamma,
-                                          const float* weight, const float* q, const float* k, const float* v,
-                                          const float* p, const float* project, const void* residual, void* out,
-                                          double eps, double scale, int64_t P, int64_t N, int64_t H, int64_t T,
-                                          int64_t D, int64_t E, int64_t K, int64_t M, bool half, bool residual_half,
-                                          bool out_half, bool narrow) {
+DZ_KERNEL(self_attention_difference,
+          (const void* delta,                               // [P, N, T, K] float32, or bfloat16 with half
+           const float* zc, const double* var,              // [N, T, K], [N, T]; null: there is no norm
+           const float* gamma,                              // [K] or null: 1
+           const float* weight,                             // [H, 2 D + E, K]
+           const float* q, const float* k, const float* v,  // [N, H, T, D or E]
+           const float* p,                                  // [N, H, T, T]
+           const float* project,                            // [M, H E]
+           const void* residual,  // [P, N, T, M] float32, or bfloat16 with residual_half; null
+           void* out,             // [P, N, T, M] float32, or bfloat16 with out_half
+           double eps, double scale, int64_t P, int64_t N, int64_t H, int64_t T, int64_t D, int64_t E, int64_t K,
+           int64_t M, bool half, bool residual_half, bool out_half,
+           bool narrow)) {  // narrow: bfloat16 products of the linear layers
   if (P == 0 || N == 0 || T == 0) return;
   with_types(residual, residual_half, out, out_half, [&](const auto* more, auto* to) {
     const auto run = [&](const auto* from) {

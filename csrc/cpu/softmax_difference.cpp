@@ -18,8 +18,10 @@ void subtract_far(const float* d, const float* p, float* out, int64_t K) {
 
 }  // namespace
 
-void DZ_KERNEL(softmax_difference)(const float* delta, const float* p, float* out, int64_t P, int64_t R, int64_t K,
-                                   bool log) {
+DZ_KERNEL(softmax_difference, (const float* delta,  // [P, R, K]
+                               const float* p,      // [R, K]
+                               float* out,          // [P, R, K]
+                               int64_t P, int64_t R, int64_t K, bool log)) {
   if (K == 0) return;
   const int64_t rows = greater(1, lesser(R, kTile / K)), tiles = ceil_div(R, rows);
   const int64_t together = greater(1, lesser(kTogether, kTile / 4 / K));  // they stay in L1

@@ -4,7 +4,7 @@
 
 namespace dz {
 
-// One block per plane (p, n); further blocks along y share large planes. Arguments as in csrc/cpu/ops.h.
+// One block per plane (p, n); further blocks along y share large planes. Arguments as in csrc/cpu/conv2d_tap.cpp.
 __global__ void conv2d_tap_kernel(const float* x, const int64_t* coord, const float* step, float* out, int64_t N,
                                   int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t xn, int64_t xc, int64_t xh,
                                   int64_t xw, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,

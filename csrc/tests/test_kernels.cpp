@@ -9,6 +9,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -38,6 +39,33 @@ void compare(const std::string& what, const std::vector<T>& got, const std::vect
     }
   }
   ++checks;
+}
+
+template <typename T>
+dz::Word word_of(char code, T value) {
+  dz::Word word;
+  if constexpr (std::is_arithmetic_v<T>) {
+    if (code == 'p') throw std::invalid_argument("a number where a kernel takes a pointer");
+    if (code == 'd') {
+      word.real = static_cast<double>(value);
+    } else {
+      word.integer = static_cast<int64_t>(value);
+    }
+  } else {
+    if (code != 'p') throw std::invalid_argument("a pointer where a kernel takes a number");
+    word.address = value;
+  }
+  return word;
+}
+
+// A kernel by its name, at the level in use.
+template <typename... Args>
+void run(const char* name, Args... args) {
+  const dz::Kernel& kernel = dz::at_level_in_use(dz::kernel_levels(name));
+  if (std::strlen(kernel.codes) != sizeof...(args)) throw std::invalid_argument("a wrong number of arguments");
+  const char* code = kernel.codes;
+  const dz::Word words[] = {word_of(*code++, args)...};
+  kernel.call(words);
 }
 
 std::mt19937 random_bits(1);
@@ -160,8 +188,8 @@ void test_conv2d_tap(const Geometry& g, bool channels_last) {
     }
   }
   Floats out = poisoned(static_cast<int64_t>(wanted.size()));
-  dz::kernels().conv2d_tap(x.data(), coord.data(), step.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo, s.n, s.c,
-                           s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og);
+  run("conv2d_tap", x.data(), coord.data(), step.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo, s.n, s.c, s.h, s.w,
+      g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og);
   compare("conv2d_tap " + dz::isa(), out, wanted, 0);
   out = poisoned(static_cast<int64_t>(wanted.size()));
   launch_on_host(dz::conv2d_tap_kernel, static_cast<unsigned>(g.P * g.N), 2, any_threads(), 0, any_order(), x.data(),
@@ -196,12 +224,12 @@ void test_channel_conv2d(const Geometry& g, bool channels_last) {
   }
   const int64_t size = static_cast<int64_t>(wanted.size());
   Floats out = poisoned(size);
-  dz::kernels().channel_conv2d(delta.data(), channel.data(), weight.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo,
-                               g.O, g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, false);
+  run("channel_conv2d", delta.data(), channel.data(), weight.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.O,
+      g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, false);
   compare("channel_conv2d " + dz::isa(), out, wanted, 0);
   std::vector<uint16_t> half(wanted.size());
-  dz::kernels().channel_conv2d(delta.data(), channel.data(), weight.data(), half.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo,
-                               g.O, g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, true);
+  run("channel_conv2d", delta.data(), channel.data(), weight.data(), half.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.O,
+      g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, true);
   Floats rounded;
   for (const float v : wanted) rounded.push_back(from_half(to_half(v)));
   out.clear();
@@ -237,7 +265,7 @@ void test_dense_conv2d(int64_t images, int64_t H, int64_t W, int64_t C, int64_t 
     }
   }
   Floats out = poisoned(static_cast<int64_t>(wanted.size()));
-  dz::kernels().dense_conv2d(delta.data(), weight.data(), out.data(), images, H, W, C, Ho, Wo, O, ph, pw);
+  run("dense_conv2d", delta.data(), weight.data(), out.data(), images, H, W, C, Ho, Wo, O, ph, pw);
   // Memory is what this looks at: a wrong element is off by about 1. tests/ops has the bound that rounding obeys.
   compare("dense_conv2d " + dz::isa(), out, wanted, 1e-3);
 }
@@ -413,9 +441,8 @@ void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t
   }
   const float* base_output = relu ? y.data() : nullptr;
   Floats out = poisoned(P * M);
-  dz::kernels().channel_batch_norm(delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
-                                   base_output, nullptr, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c, s.h,
-                                   s.w, 0, 0, 0, 0, 1, true);
+  run("channel_batch_norm", delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(), base_output,
+      nullptr, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c, s.h, s.w, 0, 0, 0, 0, 1, true);
   compare("channel_batch_norm " + dz::isa(), out, wanted, 2e-5);
   for (int64_t pool = 2; pool <= 3 && pool <= lesser(H, W); ++pool) {
     const Floats gap = normals(N * C * H * W, 1);
@@ -431,9 +458,9 @@ void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t
       tops.push_back(top);
     }
     out = poisoned(static_cast<int64_t>(tops.size()));
-    dz::kernels().channel_batch_norm(delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
-                                     base_output, gap.data(), out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c,
-                                     s.h, s.w, s.n, s.c, s.h, s.w, pool, true);
+    run("channel_batch_norm", delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
+        base_output, gap.data(), out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c, s.h, s.w, s.n, s.c, s.h,
+        s.w, pool, true);
     compare("channel_batch_norm, pooled, " + dz::isa(), out, tops, 2e-5);
   }
   for (int64_t p = 0; p < P && !relu; ++p) {
@@ -444,9 +471,8 @@ void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t
   }
   if (!relu) {
     out = poisoned(P * M);
-    dz::kernels().channel_batch_norm(delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
-                                     nullptr, nullptr, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, 0, 0, 0, 0, 0,
-                                     0, 0, 0, 1, false);
+    run("channel_batch_norm", delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(), nullptr,
+        nullptr, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, 0, 0, 0, 0, 0, 0, 0, 0, 1, false);
     compare("channel_batch_norm, running statistics, " + dz::isa(), out, wanted_running, 1e-6);
   }
   out = poisoned(P * M);
@@ -523,11 +549,10 @@ void test_dense_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t W
   Floats out = poisoned(half ? 0 : static_cast<int64_t>(wanted.size()));
   const void* from = half ? static_cast<const void*>(delta_half.data()) : delta.data();
   const void* with = kind == 2 ? static_cast<const void*>(residual_half.data()) : residual.data();
-  dz::kernels().dense_batch_norm(from, zc.data(), var.data(), gamma.data(), kind == 0 ? nullptr : with,
-                                 kind == 3 ? channel.data() : nullptr, relu ? y.data() : nullptr,
-                                 pool > 1 ? gap.data() : nullptr,
-                                 half ? static_cast<void*>(out_half.data()) : out.data(), eps, P, N, H, W, C, pool,
-                                 training, half, kind == 2, half);
+  run("dense_batch_norm", from, zc.data(), var.data(), gamma.data(), kind == 0 ? nullptr : with,
+      kind == 3 ? channel.data() : nullptr, relu ? y.data() : nullptr, pool > 1 ? gap.data() : nullptr,
+      half ? static_cast<void*>(out_half.data()) : out.data(), eps, P, N, H, W, C, pool, training, half, kind == 2,
+      half);
   for (const uint16_t v : out_half) out.push_back(from_half(v));
   compare("dense_batch_norm " + dz::isa(), out, wanted, half ? 8e-3 : 2e-5);
 }
@@ -597,10 +622,9 @@ void test_conv2d_tap_batch_norm(const Geometry& g, bool training, bool relu, int
     for (const double v : after.changed(d, o)) wanted.push_back(static_cast<float>(v));
   }
   Floats out = poisoned(static_cast<int64_t>(wanted.size()));
-  dz::kernels().conv2d_tap_batch_norm(x.data(), coord.data(), step.data(), after.zc.data(), after.var.data(),
-                                      after.gamma.data(), after.beta.data(), out.data(), after.eps, g.P, g.N, g.H, g.W,
-                                      g.Ho, g.Wo, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, pool, training,
-                                      after.relu);
+  run("conv2d_tap_batch_norm", x.data(), coord.data(), step.data(), after.zc.data(), after.var.data(),
+      after.gamma.data(), after.beta.data(), out.data(), after.eps, g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.sh, g.sw, g.ph,
+      g.pw, g.dh, g.dw, Cg, Og, pool, training, after.relu);
   compare("conv2d_tap_batch_norm " + dz::isa(), out, wanted, 2e-5);
 }
 
@@ -634,10 +658,9 @@ void test_channel_conv2d_batch_norm(const Geometry& g, bool training, bool relu,
     }
   }
   const auto run = [&](void* out, bool half) {
-    dz::kernels().channel_conv2d_batch_norm(delta.data(), channel.data(), weight.data(), after.zc.data(),
-                                            after.var.data(), after.gamma.data(), after.beta.data(), out, after.eps,
-                                            g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.C, g.O, g.kh, g.kw, g.sh, g.sw, g.ph,
-                                            g.pw, g.dh, g.dw, pool, training, after.relu, mean, half);
+    run("channel_conv2d_batch_norm", delta.data(), channel.data(), weight.data(), after.zc.data(), after.var.data(),
+        after.gamma.data(), after.beta.data(), out, after.eps, g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.C, g.O, g.kh, g.kw,
+        g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, pool, training, after.relu, mean, half);
   };
   Floats out = poisoned(static_cast<int64_t>(wanted.size()));
   run(out.data(), false);
@@ -673,8 +696,7 @@ void test_cross_entropy_difference(int64_t P, int64_t N, int64_t K, float scale)
     wanted.push_back(total / static_cast<double>(N));
   }
   Doubles out(static_cast<size_t>(P), NAN);
-  dz::kernels().cross_entropy_difference(log_probs.data(), probs.data(), target.data(), dlogits.data(), out.data(), P,
-                                         N, K);
+  run("cross_entropy_difference", log_probs.data(), probs.data(), target.data(), dlogits.data(), out.data(), P, N, K);
   compare("cross_entropy_difference " + dz::isa(), out, wanted, 1e-13);
   // The same logits from one feature per perturbation: dlogits[p, n, k] = delta[p, n] weight[k, channel[p]].
   const Floats delta = normals(P * N, scale), weight = normals(K * 2, 1);
@@ -685,10 +707,10 @@ void test_cross_entropy_difference(int64_t P, int64_t N, int64_t K, float scale)
     for (int64_t i = 0; i < N * K; ++i) products.push_back(delta[p * N + i / K] * weight[i % K * 2 + channel[p]]);
   }
   Doubles stored(static_cast<size_t>(P), NAN), direct(static_cast<size_t>(P), NAN);
-  dz::kernels().cross_entropy_difference(log_probs.data(), probs.data(), target.data(), products.data(), stored.data(),
-                                         P, N, K);
-  dz::kernels().channel_linear_cross_entropy(delta.data(), channel.data(), weight.data(), log_probs.data(),
-                                             probs.data(), target.data(), direct.data(), P, N, K, 2, 1);
+  run("cross_entropy_difference", log_probs.data(), probs.data(), target.data(), products.data(), stored.data(), P, N,
+      K);
+  run("channel_linear_cross_entropy", delta.data(), channel.data(), weight.data(), log_probs.data(), probs.data(),
+      target.data(), direct.data(), P, N, K, 2, 1);
   compare("channel_linear_cross_entropy " + dz::isa(), direct, stored, 1e-5);
   out = Doubles(static_cast<size_t>(P), NAN);
   const unsigned threads = any_threads();
@@ -708,7 +730,7 @@ void test_gelu_difference(int64_t P, int64_t S, float scale, bool tanh) {
     wanted.push_back(static_cast<float>(gelu(z[i % S] + static_cast<double>(delta[i])) - gelu(z[i % S])));
   compare_types("gelu_difference " + dz::isa(), delta, wanted, 4e-7 * std::fmax(1, scale),
                 [&](const void* from, bool half, void* out, bool out_half) {
-                  dz::kernels().gelu_difference(from, z.data(), out, P, S, tanh, half, out_half);
+                  run("gelu_difference", from, z.data(), out, P, S, tanh, half, out_half);
                 });
 }
 
@@ -726,8 +748,8 @@ void test_mlp_difference(int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, 
   const Doubles var(static_cast<size_t>(R), 1.0);
   Floats in = delta, wanted;
   if (normed) {
-    dz::kernels().layer_norm_difference(delta.data(), zc.data(), var.data(), gamma.data(), in.data(), 1e-3, P, R, K,
-                                        true, false, false);
+    run("layer_norm_difference", delta.data(), zc.data(), var.data(), gamma.data(), in.data(), 1e-3, P, R, K, true,
+        false, false);
   }
   for (int64_t row = 0; row < P * R; ++row) {
     Doubles change;
@@ -750,16 +772,15 @@ void test_mlp_difference(int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, 
     for (const bool other : {false, true}) {  // the residual in either type
       const void* extra = other ? static_cast<const void*>(more.bits.data()) : residual.data();
       Floats out = poisoned(static_cast<int64_t>(wanted.size()));
-      dz::kernels().mlp_difference(from, normed ? zc.data() : nullptr, var.data(), gamma.data(), up.data(), z.data(),
-                                   down.data(), added ? extra : nullptr, out.data(), 1e-3, P, R, K, H, M, tanh, half,
-                                   other, false, half);
+      run("mlp_difference", from, normed ? zc.data() : nullptr, var.data(), gamma.data(), up.data(), z.data(),
+          down.data(), added ? extra : nullptr, out.data(), 1e-3, P, R, K, H, M, tanh, half, other, false, half);
       compare("mlp_difference " + dz::isa(), out, wanted, tolerance);
       plain = out;
     }
     Halves rounded(poisoned(static_cast<int64_t>(wanted.size())));
-    dz::kernels().mlp_difference(from, normed ? zc.data() : nullptr, var.data(), gamma.data(), up.data(), z.data(),
-                                 down.data(), added ? residual.data() : nullptr, rounded.bits.data(), 1e-3, P, R, K, H,
-                                 M, tanh, half, false, true, half);
+    run("mlp_difference", from, normed ? zc.data() : nullptr, var.data(), gamma.data(), up.data(), z.data(),
+        down.data(), added ? residual.data() : nullptr, rounded.bits.data(), 1e-3, P, R, K, H, M, tanh, half, false,
+        true, half);
     compare("mlp_difference, to bfloat16", rounded.floats(), Halves(plain).floats(), 0);
   }
 }
@@ -772,8 +793,8 @@ void test_linear_difference(int64_t P, int64_t R, int64_t K, int64_t M, float sc
   const Halves narrow(delta), more(residual);
   Floats in = delta, wanted;
   if (normed) {
-    dz::kernels().layer_norm_difference(delta.data(), zc.data(), var.data(), gamma.data(), in.data(), 1e-3, P, R, K,
-                                        true, false, false);
+    run("layer_norm_difference", delta.data(), zc.data(), var.data(), gamma.data(), in.data(), 1e-3, P, R, K, true,
+        false, false);
   }
   for (int64_t row = 0; row < P * R; ++row) {
     for (int64_t m = 0; m < M; ++m) {
@@ -787,8 +808,8 @@ void test_linear_difference(int64_t P, int64_t R, int64_t K, int64_t M, float sc
     const double tolerance = half ? 0.02 * (1 + scale) * std::sqrt(static_cast<double>(K)) : 2e-5 * (1 + scale);
     const auto run = [&](bool other, void* out, bool out_half) {
       const void* extra = other ? static_cast<const void*>(more.bits.data()) : residual.data();
-      dz::kernels().linear_difference(from, normed ? zc.data() : nullptr, var.data(), gamma.data(), weight.data(),
-                                      added ? extra : nullptr, out, 1e-3, P, R, K, M, half, other, out_half, half);
+      run("linear_difference", from, normed ? zc.data() : nullptr, var.data(), gamma.data(), weight.data(),
+          added ? extra : nullptr, out, 1e-3, P, R, K, M, half, other, out_half, half);
     };
     for (const bool other : {false, true}) {  // the residual in either type
       Floats out = poisoned(static_cast<int64_t>(wanted.size()));
@@ -826,8 +847,8 @@ void test_layer_norm_difference(int64_t P, int64_t R, int64_t M, float scale, bo
   }
   compare_types("layer_norm_difference " + dz::isa(), delta, wanted, 1e-4,
                 [&](const void* from, bool half, void* out, bool out_half) {
-                  dz::kernels().layer_norm_difference(from, zc.data(), var.data(), weighted ? gamma.data() : nullptr,
-                                                      out, eps, P, R, M, centre, half, out_half);
+                  run("layer_norm_difference", from, zc.data(), var.data(), weighted ? gamma.data() : nullptr, out, eps,
+                      P, R, M, centre, half, out_half);
                 });
 }
 
@@ -854,7 +875,7 @@ void test_softmax_difference(int64_t P, int64_t R, int64_t K, float scale, bool 
     }
   }
   Floats out = poisoned(P * R * K);
-  dz::kernels().softmax_difference(delta.data(), p.data(), out.data(), P, R, K, log);
+  run("softmax_difference", delta.data(), p.data(), out.data(), P, R, K, log);
   compare("softmax_difference " + dz::isa(), out, wanted, 2e-6);
 }
 
@@ -917,9 +938,8 @@ void test_attention_difference(int64_t P, int64_t N, int64_t H, int64_t T, int64
       if ((moves >> part & 1) == 0) return nullptr;
       return half ? static_cast<const void*>(in[part].data()) : d[part].data();
     };
-    dz::kernels().attention_difference(given(0), given(1), given(2), q.data(), k.data(), v.data(), p.data(),
-                                       half ? static_cast<void*>(narrow.data()) : out.data(), strides.data(), scale, P,
-                                       N, H, T, S, D, E, half, half);
+    run("attention_difference", given(0), given(1), given(2), q.data(), k.data(), v.data(), p.data(),
+        half ? static_cast<void*>(narrow.data()) : out.data(), strides.data(), scale, P, N, H, T, S, D, E, half, half);
     for (size_t i = 0; i < narrow.size(); ++i) out[i] = from_half(narrow[i]);
     for (size_t i = 0; i < out.size(); ++i) {  // [P, N, T, H, E] to [P, N, H, T, E]
       const int64_t at = static_cast<int64_t>(i), e = at % E, h = at / E % H, t = at / E / H % T, n = at / E / H / T;
@@ -941,8 +961,8 @@ void test_self_attention_difference(int64_t P, int64_t N, int64_t H, int64_t T, 
   const float* centred = normed ? zc.data() : nullptr;
   const float* more = added ? residual.data() : nullptr;
   Floats moved = poisoned(P * R * H * columns), attended = poisoned(P * R * H * E), wanted = poisoned(P * R * M);
-  dz::kernels().linear_difference(delta.data(), centred, var.data(), gamma.data(), weight.data(), nullptr, moved.data(),
-                                  1e-3, P, R, K, H * columns, false, false, false, false);
+  run("linear_difference", delta.data(), centred, var.data(), gamma.data(), weight.data(), nullptr, moved.data(), 1e-3,
+      P, R, K, H * columns, false, false, false, false);
   Indices strides;
   for (int part = 0; part < 3; ++part) {
     for (const int64_t stride : {R * H * columns, T * H * columns, columns, H * columns}) strides.push_back(stride);
@@ -950,15 +970,15 @@ void test_self_attention_difference(int64_t P, int64_t N, int64_t H, int64_t T, 
   for (const int64_t width : {D, D, E}) {
     for (const int64_t stride : {int64_t{0}, H * T * width, T * width, width}) strides.push_back(stride);
   }
-  dz::kernels().attention_difference(moved.data(), moved.data() + D, moved.data() + 2 * D, q.data(), k.data(), v.data(),
-                                     p.data(), attended.data(), strides.data(), 0.5, P, N, H, T, T, D, E, false, false);
-  dz::kernels().linear_difference(attended.data(), nullptr, nullptr, nullptr, project.data(), more, wanted.data(), 0.0,
-                                  P, R, H * E, M, false, false, false, false);
+  run("attention_difference", moved.data(), moved.data() + D, moved.data() + 2 * D, q.data(), k.data(), v.data(),
+      p.data(), attended.data(), strides.data(), 0.5, P, N, H, T, T, D, E, false, false);
+  run("linear_difference", attended.data(), nullptr, nullptr, nullptr, project.data(), more, wanted.data(), 0.0, P, R,
+      H * E, M, false, false, false, false);
   for (const bool narrow : {false, true}) {
     Floats out = poisoned(P * R * M);
-    dz::kernels().self_attention_difference(delta.data(), centred, var.data(), gamma.data(), weight.data(), q.data(),
-                                            k.data(), v.data(), p.data(), project.data(), more, out.data(), 1e-3, 0.5,
-                                            P, N, H, T, D, E, K, M, false, false, false, narrow);
+    run("self_attention_difference", delta.data(), centred, var.data(), gamma.data(), weight.data(), q.data(), k.data(),
+        v.data(), p.data(), project.data(), more, out.data(), 1e-3, 0.5, P, N, H, T, D, E, K, M, false, false, false,
+        narrow);
     compare("self_attention_difference " + dz::isa(), out, wanted,
             narrow ? 0.02 * std::sqrt(static_cast<double>(K * H * E)) : 0);
   }

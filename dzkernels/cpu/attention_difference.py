@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._load import native
+from . import is_half, kernel_dtype, launch
 
 
 def attention_difference(
@@ -16,12 +16,10 @@ def attention_difference(
     p = p.contiguous()
     samples, heads = p.shape[:-2] if q.dim() == 4 else (p.shape[0], 1)
     rows, width = q.shape[-2], v.shape[-1]
-    inner = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
-    out = torch.empty(given.shape[0], samples, rows, heads, width, dtype=inner, device="cpu")
-    native().attention_difference(
-        *(o.data_ptr() if o is not None else 0 for o in operands), p.data_ptr(), out.data_ptr(), strides.data_ptr(),
-        scale, given.shape[0], samples, heads, rows, k.shape[-2], q.shape[-1], width,
-        given.dtype == torch.bfloat16, inner == torch.bfloat16,
+    out = torch.empty(given.shape[0], samples, rows, heads, width, dtype=kernel_dtype(out_dtype), device="cpu")
+    launch(
+        "attention_difference", *operands, p, out, strides, scale, given.shape[0], samples, heads, rows, k.shape[-2],
+        q.shape[-1], width, is_half(given), is_half(out),
     )  # fmt: skip
     out = out.to(out_dtype)
     return out.transpose(2, 3) if q.dim() == 4 else out.squeeze(3)

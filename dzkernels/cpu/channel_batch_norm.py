@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._load import native
+from . import launch
 
 
 def channel_batch_norm(
@@ -15,10 +15,8 @@ def channel_batch_norm(
     perturbations, samples, height, width = delta.shape
     out = torch.empty(perturbations, samples, height // pool, width // pool, dtype=torch.float32, device="cpu")
     none = (0, 0, 0, 0)
-    native().channel_batch_norm(
-        delta.data_ptr(), channel.data_ptr(), x.data_ptr(), mean.data_ptr(), var.data_ptr(), gamma.data_ptr(),
-        y.data_ptr() if y is not None else 0, gap.data_ptr() if gap is not None else 0, out.data_ptr(), eps,
-        *delta.shape, *x.stride(), *(y.stride() if y is not None else none),
-        *(gap.stride() if gap is not None else none), pool, training,
+    launch(
+        "channel_batch_norm", delta, channel, x, mean, var, gamma, y, gap, out, eps, *delta.shape, *x.stride(),
+        *(y.stride() if y is not None else none), *(gap.stride() if gap is not None else none), pool, training,
     )  # fmt: skip
     return out

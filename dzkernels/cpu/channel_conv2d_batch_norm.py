@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._load import native
+from . import is_half, kernel_dtype, launch
 
 Size = tuple[int, int]
 
@@ -18,13 +18,11 @@ def channel_conv2d_batch_norm(
     delta, channel, weight = delta.contiguous(), channel.contiguous(), weight.contiguous()
     zc = zc.transpose(0, 1).contiguous()  # no copy where it lies so
     var, gamma, beta = var.contiguous(), gamma.contiguous(), beta.contiguous()
-    inner = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
     size = () if mean else (rows // pool, columns // pool)
-    out = torch.empty(perturbations, samples, *size, outs, dtype=inner, device="cpu")
-    native().channel_conv2d_batch_norm(
-        delta.data_ptr(), channel.data_ptr(), weight.data_ptr(), zc.data_ptr(), var.data_ptr(), gamma.data_ptr(),
-        beta.data_ptr(), out.data_ptr(), eps, perturbations, samples, height, width, rows, columns,
-        *weight.shape[1::-1], *weight.shape[2:], *stride, *padding, *dilation, pool, training, relu,
-        mean, inner == torch.bfloat16,
+    out = torch.empty(perturbations, samples, *size, outs, dtype=kernel_dtype(out_dtype), device="cpu")
+    launch(
+        "channel_conv2d_batch_norm", delta, channel, weight, zc, var, gamma, beta, out, eps, perturbations, samples,
+        height, width, rows, columns, *weight.shape[1::-1], *weight.shape[2:], *stride, *padding, *dilation, pool,
+        training, relu, mean, is_half(out),
     )  # fmt: skip
     return out.to(out_dtype).movedim(-1, 2)

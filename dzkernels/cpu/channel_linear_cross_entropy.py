@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._load import native
+from . import launch
 
 
 def channel_linear_cross_entropy(
@@ -12,8 +12,8 @@ def channel_linear_cross_entropy(
     delta, channel, log_probs, target = (t.contiguous() for t in (delta, channel, log_probs, target))
     probs = log_probs.exp()
     out = torch.empty(delta.shape[0], dtype=torch.float64, device="cpu")
-    native().channel_linear_cross_entropy(
-        delta.data_ptr(), channel.data_ptr(), weight.data_ptr(), log_probs.data_ptr(), probs.data_ptr(),
-        target.data_ptr(), out.data_ptr(), *delta.shape, weight.shape[0], *weight.stride(),
+    launch(
+        "channel_linear_cross_entropy", delta, channel, weight, log_probs, probs, target, out, *delta.shape,
+        weight.shape[0], *weight.stride(),
     )  # fmt: skip
     return out

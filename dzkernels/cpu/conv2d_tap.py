@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._check import output_size
-from .._load import native
+from . import launch
 
 Size = tuple[int, int]
 
@@ -17,9 +17,8 @@ def conv2d_tap(
     rows, columns = output_size("conv2d_tap", height, width, kernel, stride, padding, dilation)
     coord, step = coord.contiguous(), step.contiguous()
     out = torch.empty(coord.shape[0], samples, rows, columns, dtype=torch.float32, device="cpu")
-    native().conv2d_tap(
-        x.data_ptr(), coord.data_ptr(), step.data_ptr(), out.data_ptr(),
-        coord.shape[0], samples, height, width, rows, columns, *x.stride(),
-        *stride, *padding, *dilation, channels // groups, out_channels // groups,
+    launch(
+        "conv2d_tap", x, coord, step, out, coord.shape[0], samples, height, width, rows, columns, *x.stride(), *stride,
+        *padding, *dilation, channels // groups, out_channels // groups,
     )  # fmt: skip
     return out

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._load import native
+from . import launch
 
 Size = tuple[int, int]
 
@@ -17,9 +17,8 @@ def conv2d_tap_batch_norm(
     coord, step = coord.contiguous(), step.contiguous()
     var, gamma, beta = var.contiguous(), gamma.contiguous(), beta.contiguous()
     out = torch.empty(coord.shape[0], samples, rows // pool, columns // pool, dtype=torch.float32, device="cpu")
-    native().conv2d_tap_batch_norm(
-        x.data_ptr(), coord.data_ptr(), step.data_ptr(), zc.data_ptr(), var.data_ptr(), gamma.data_ptr(),
-        beta.data_ptr(), out.data_ptr(), eps, coord.shape[0], samples, *x.shape[2:], rows, columns, *stride, *padding,
-        *dilation, x.shape[0] // groups, outs // groups, pool, training, relu,
+    launch(
+        "conv2d_tap_batch_norm", x, coord, step, zc, var, gamma, beta, out, eps, coord.shape[0], samples, *x.shape[2:],
+        rows, columns, *stride, *padding, *dilation, x.shape[0] // groups, outs // groups, pool, training, relu,
     )  # fmt: skip
     return out

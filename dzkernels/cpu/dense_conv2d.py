@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from .._check import output_size
-from .._load import native
 from .._norm import moments
 from ..reference.dense_conv2d import dense_conv2d as by_torch
+from . import launch
 
 Size = tuple[int, int]
 
@@ -26,10 +26,7 @@ def dense_conv2d(
     images = delta.permute(0, 1, 3, 4, 2).contiguous()
     weight = weight.contiguous()
     out = torch.empty(count, samples, rows, columns, outs, dtype=torch.float32, device="cpu")
-    native().dense_conv2d(
-        images.data_ptr(), weight.data_ptr(), out.data_ptr(), count * samples, height, width, channels, rows, columns,
-        outs, *padding,
-    )  # fmt: skip
+    launch("dense_conv2d", images, weight, out, count * samples, height, width, channels, rows, columns, outs, *padding)
     result = out.permute(0, 1, 4, 2, 3)
     return result if next_zc is None else (result, moments(result, next_zc))
 

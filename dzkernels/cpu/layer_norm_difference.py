@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._load import native
+from . import is_half, kernel_dtype, launch
 
 
 def layer_norm_difference(
@@ -11,10 +11,9 @@ def layer_norm_difference(
 ) -> Tensor:
     delta, zc, var = delta.contiguous(), zc.contiguous(), var.contiguous()
     weight = None if gamma is None else gamma.float().contiguous()
-    inner = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
-    out = torch.empty(delta.shape, dtype=inner, device="cpu")
-    native().layer_norm_difference(
-        delta.data_ptr(), zc.data_ptr(), var.data_ptr(), 0 if weight is None else weight.data_ptr(), out.data_ptr(),
-        eps, *delta.shape, centre, delta.dtype == torch.bfloat16, inner == torch.bfloat16,
+    out = torch.empty(delta.shape, dtype=kernel_dtype(out_dtype), device="cpu")
+    launch(
+        "layer_norm_difference", delta, zc, var, weight, out, eps, *delta.shape, centre, is_half(delta),
+        is_half(out),
     )  # fmt: skip
     return out.to(out_dtype)
