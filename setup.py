@@ -120,7 +120,12 @@ def kernel_list(ops: Iterable[str]) -> str:
 
 
 def ninja_file(
-    root: Path, levels: Mapping[str, str], cuda: Cuda, includes: list[str], environ: Mapping[str, str]
+    root: Path,
+    ops: Iterable[str],
+    levels: Mapping[str, str],
+    cuda: Cuda,
+    includes: list[str],
+    environ: Mapping[str, str],
 ) -> str:
     """build.ninja with the targets _C.so and, where wanted, _cuda.so."""
     csrc = str(root / "csrc").replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -142,7 +147,7 @@ def ninja_file(
             f"build {objects[-1]}: cxx {csrc}/{source}.cpp",
             f"  flags = -O1 -I. {' '.join(f'-isystem {path}' for path in includes)}",
         ]
-    for source in OPS:
+    for source in ops:
         for level, isa in levels.items():
             objects.append(f"{source}.{level}.o")
             lines += [f"build {objects[-1]}: cxx {csrc}/cpu/{source}.cpp", f"  flags = -O3 -DDZ_ISA={level} {isa}"]
@@ -150,7 +155,7 @@ def ninja_file(
     if cuda.nvcc:
         sources = " ".join(f"{csrc}/{source}.cu" for source in CUDA_SOURCES)
         headers = " ".join(
-            f"{csrc}/cuda/{name}.cuh" for name in ("common", "warp", *OPS) if (root / f"csrc/cuda/{name}.cuh").exists()
+            f"{csrc}/cuda/{name}.cuh" for name in ("common", "warp", *ops) if (root / f"csrc/cuda/{name}.cuh").exists()
         )
         lines += [
             "rule nvcc",
@@ -172,7 +177,7 @@ class build_ext(_build_ext):
         self.levels = isa_levels(platform.machine())
         self.cuda = decide_cuda(os.environ, find_nvcc(os.environ))
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
-        script = ninja_file(ROOT, self.levels, self.cuda, includes, os.environ)
+        script = ninja_file(ROOT, OPS, self.levels, self.cuda, includes, os.environ)
         (self.folder / "build.ninja").write_text(script)
         if self.cuda.nvcc and not self.ninja("_cuda.so"):
             if self.cuda.required:

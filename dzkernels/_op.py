@@ -107,19 +107,22 @@ def _dtypes(arg: Arg, lead: torch.dtype) -> Dtypes:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of one backend, dzkernels/<backend>/<op>.py. All of them take float32.
+    """A kernel of one backend, started by dzkernels/<backend>/<op>.py. All of them take float32.
 
     dtypes        it takes beyond float32
     on_request    runs only where its backend is asked for by name: PyTorch's own op may be as fast, and no GPU has
                   measured it
     with_moments  with on_request: runs also where the moments of the next norm are asked for; PyTorch's op has none
     note          what the table in docs/gpu.md says of it
+    result        for C++ kernels that need no file to start them, as dzkernels.cpu.direct does: the shape of the
+                  float32 result in names of dimensions, 'P, R, K'
     """
 
     dtypes: Dtypes = ()
     on_request: bool = False
     with_moments: bool = False
     note: str = ""
+    result: str = ""
 
 
 class Op:

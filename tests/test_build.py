@@ -132,7 +132,7 @@ def test_build_config_survives_quotes() -> None:
 @pytest.mark.parametrize("nvcc", [None, NVCC])
 def test_ninja_file_names_every_source_once_per_level(nvcc: str | None) -> None:
     levels = build.isa_levels("x86_64")
-    text = build.ninja_file(ROOT, levels, build.decide_cuda({}, nvcc), ["/include"], {"CXX": "c++"})
+    text = build.ninja_file(ROOT, build.OPS, levels, build.decide_cuda({}, nvcc), ["/include"], {"CXX": "c++"})
     assert "cxx = c++" in text
     for source in build.OPS:
         assert (ROOT / "csrc" / "cpu" / f"{source}.cpp").exists()
@@ -146,7 +146,7 @@ def test_ninja_file_names_every_source_once_per_level(nvcc: str | None) -> None:
 
 
 def test_a_space_in_the_path_is_escaped() -> None:
-    text = build.ninja_file(Path("/a b"), {"base": ""}, build.decide_cuda({}, None), [], {})
+    text = build.ninja_file(Path("/a b"), [], {"base": ""}, build.decide_cuda({}, None), [], {})
     assert "build dispatch.o: cxx /a$ b/csrc/cpu/dispatch.cpp" in text
 
 

@@ -35,7 +35,8 @@ def blocks(page: Path, language: str) -> list[str]:
 pages = pytest.mark.parametrize("page", PAGES, ids=identity)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=identity)
+# The files of docs/kernels.md are run by test_kernels_page.py.
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.stem != "kernels"], ids=identity)
 def test_python_runs(page: Path, tmp_path: Path) -> None:
     """All blocks of a page, in order, in one process."""
     script = tmp_path / "page.py"

@@ -13,18 +13,13 @@ import pytest
 
 import dzkernels
 from dzkernels._op import DECLARED
-from dzkernels.backends import BACKENDS, has_kernel
+from dzkernels.backends import BACKENDS
 from dzkernels.ops import __main__ as made
 from tiers import QUICK, TESTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(dzkernels.__file__).parent
 
-# Folder and suffix; each must hold exactly one file per op.
-COMPLETE = [
-    (PACKAGE / "reference", ".py"),
-    (PACKAGE / "cpu", ".py"),
-]
 COMPOSED = {"batch_norm_conv2d"}  # made of other ops and of torch on CPUs: no C++ kernel
 NATIVE = [op for op in dzkernels.OPS if op not in COMPOSED]
 SHARED = {"common", "compile_all", "warp"}  # and what begins with an underscore
@@ -34,9 +29,9 @@ def stems(folder: Path, suffix: str) -> set[str]:
     return {path.stem for path in folder.glob(f"*{suffix}") if not path.stem.startswith("_")} - SHARED
 
 
-@pytest.mark.parametrize(("folder", "suffix"), COMPLETE, ids=lambda value: str(getattr(value, "name", value)))
-def test_every_op_and_nothing_else(folder: Path, suffix: str) -> None:
-    assert stems(folder, suffix) == set(dzkernels.OPS)
+def test_every_op_has_a_reference_and_no_folder_holds_anything_else() -> None:
+    assert stems(PACKAGE / "reference", ".py") == set(dzkernels.OPS)
+    assert stems(PACKAGE / "cpu", ".py") <= set(dzkernels.OPS)
 
 
 def test_cpu_sources_and_tests() -> None:
@@ -63,7 +58,7 @@ def test_what_is_made_from_the_declarations_is_up_to_date() -> None:
 def test_a_declaration_names_the_kernels_and_arguments_that_there_are(op: str) -> None:
     declared, function = DECLARED[op], getattr(dzkernels, op)
     files = {backend for backend in BACKENDS if (PACKAGE / backend / f"{op}.py").exists()}
-    assert set(declared.kernels) == files - {"reference"}
+    assert files == {"reference", *(backend for backend, kernel in declared.kernels.items() if not kernel.result)}
     names = set(inspect.signature(function).parameters)
     assert {arg.name.split(".")[0] for arg in declared.args} <= names
     for arg in declared.args:
@@ -84,7 +79,8 @@ def test_an_op_is_public_has_a_contract_and_one_signature(op: str) -> None:
     signatures = {
         backend: str(inspect.signature(getattr(importlib.import_module(f"dzkernels.{backend}.{op}"), op)))
         for backend in ("reference", "cpu", "cuda", "triton")
-        if has_kernel(backend, op) and (backend != "triton" or importlib.util.find_spec("triton") is not None)
+        if (PACKAGE / backend / f"{op}.py").exists()
+        and (backend != "triton" or importlib.util.find_spec("triton") is not None)
     }
     assert len({text.replace("Size", "tuple[int, int]") for text in signatures.values()}) == 1, signatures
 

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .._load import kernel
 from .._norm import RowNorm
+from .._op import DECLARED
 
 
 def launch(op: str, *args: Tensor | int | float | None) -> None:
     """Call the kernel of csrc/cpu/<op>.cpp with the addresses of tensors (None: null) and numbers, as it says there."""
     kernel(op)(*args)
+
+
+def direct(op: str) -> Callable[..., Tensor]:
+    """What starts a kernel that takes what the declaration says and no more: the tensors in its order, contiguous, the
+    result, the size of each dimension in the order in which the tensors name them, and the options."""
+    declared = DECLARED[op]
+    places: dict[str, tuple[int, int]] = {}
+    for at, arg in enumerate(declared.args):
+        for axis, dim in enumerate(arg.dims.split(", ")):
+            if dim.isidentifier() and not arg.optional:
+                places.setdefault(dim, (at, axis))
+    shape = [list(places).index(dim) for dim in declared.kernels["cpu"].result.split(", ")]
+    launched = kernel(op)
+
+    def start(*tensors: Tensor | None, **options: float) -> Tensor:
+        sizes = [tensors[at].shape[axis] for at, axis in places.values()]  # type: ignore[union-attr]
+        out = torch.empty([sizes[at] for at in shape], dtype=torch.float32, device="cpu")
+        launched(*[None if t is None else t.contiguous() for t in tensors], out, *sizes, *options.values())
+        return out
+
+    return start
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:

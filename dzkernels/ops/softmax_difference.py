@@ -9,7 +9,7 @@ OP = Op(
     __name__,
     Arg("delta", "P, R, K", LEAD, filled="K"),
     Arg("p", "R, K", BASE),
-    cpu=Kernel(),
+    cpu=Kernel(result="P, R, K"),
     triton=Kernel(),
 )
 

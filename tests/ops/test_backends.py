@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import os
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import dzkernels
 from dzkernels import backends
+from dzkernels.backends import implementation
 from ops.table import CASES, check
 
 
@@ -203,7 +203,7 @@ def test_the_table_of_cases_holds_for_the_cpu_kernels(op: str) -> None:
 @pytest.mark.parametrize("op", CASES)
 def test_a_wrong_kernel_does_not_pass(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(backend: str, op: str) -> Callable[..., Tensor]:
-        kernel = getattr(importlib.import_module(f"dzkernels.{backend}.{op}"), op)
+        kernel = implementation(backend, op)
         return kernel if backend == "reference" else lambda *args, **kwargs: kernel(*args, **kwargs) * (1 + 2.0**-5)
 
     monkeypatch.setattr(backends, "implementation", wrong)
@@ -215,7 +215,7 @@ def test_a_wrong_kernel_does_not_pass(op: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("left_out", ["dq", "dk", "dv", "all"])
 def test_an_attention_without_one_of_its_changes_does_not_pass(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(backend: str, op: str) -> Callable[..., Tensor]:
-        kernel = getattr(importlib.import_module(f"dzkernels.{backend}.{op}"), op)
+        kernel = implementation(backend, op)
 
         def without(delta: Tensor, weight: Tensor, q: Tensor, *rest: Any, **options: Any) -> Tensor:
             inner, weight = q.shape[-1], weight.clone()
@@ -235,7 +235,7 @@ def test_an_attention_without_one_of_its_changes_does_not_pass(left_out: str, mo
 @pytest.mark.parametrize("op", ["dense_conv2d", "batch_norm_conv2d"])
 def test_wrong_moments_do_not_pass(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(backend: str, op: str) -> Callable[..., Any]:
-        kernel = getattr(importlib.import_module(f"dzkernels.{backend}.{op}"), op)
+        kernel = implementation(backend, op)
 
         def run(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             out, moments = kernel(*args, **kwargs)
