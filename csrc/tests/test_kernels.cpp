@@ -60,7 +60,7 @@ dz::Word word_of(char code, T value) {
 
 // A kernel by its name, at the level in use.
 template <typename... Args>
-void run(const char* name, Args... args) {
+void run_kernel(const char* name, Args... args) {
   const dz::Kernel& kernel = dz::at_level_in_use(dz::kernel_levels(name));
   if (std::strlen(kernel.codes) != sizeof...(args)) throw std::invalid_argument("a wrong number of arguments");
   const char* code = kernel.codes;
@@ -188,8 +188,8 @@ void test_conv2d_tap(const Geometry& g, bool channels_last) {
     }
   }
   Floats out = poisoned(static_cast<int64_t>(wanted.size()));
-  run("conv2d_tap", x.data(), coord.data(), step.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo, s.n, s.c, s.h, s.w,
-      g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og);
+  run_kernel("conv2d_tap", x.data(), coord.data(), step.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo, s.n, s.c,
+             s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og);
   compare("conv2d_tap " + dz::isa(), out, wanted, 0);
   out = poisoned(static_cast<int64_t>(wanted.size()));
   launch_on_host(dz::conv2d_tap_kernel, static_cast<unsigned>(g.P * g.N), 2, any_threads(), 0, any_order(), x.data(),
@@ -224,12 +224,12 @@ void test_channel_conv2d(const Geometry& g, bool channels_last) {
   }
   const int64_t size = static_cast<int64_t>(wanted.size());
   Floats out = poisoned(size);
-  run("channel_conv2d", delta.data(), channel.data(), weight.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.O,
-      g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, false);
+  run_kernel("channel_conv2d", delta.data(), channel.data(), weight.data(), out.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo,
+             g.O, g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, false);
   compare("channel_conv2d " + dz::isa(), out, wanted, 0);
   std::vector<uint16_t> half(wanted.size());
-  run("channel_conv2d", delta.data(), channel.data(), weight.data(), half.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.O,
-      g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, true);
+  run_kernel("channel_conv2d", delta.data(), channel.data(), weight.data(), half.data(), g.P, g.N, g.H, g.W, g.Ho, g.Wo,
+             g.O, g.kh, g.kw, s.n, s.c, s.h, s.w, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, Cg, Og, true);
   Floats rounded;
   for (const float v : wanted) rounded.push_back(from_half(to_half(v)));
   out.clear();
@@ -265,7 +265,7 @@ void test_dense_conv2d(int64_t images, int64_t H, int64_t W, int64_t C, int64_t 
     }
   }
   Floats out = poisoned(static_cast<int64_t>(wanted.size()));
-  run("dense_conv2d", delta.data(), weight.data(), out.data(), images, H, W, C, Ho, Wo, O, ph, pw);
+  run_kernel("dense_conv2d", delta.data(), weight.data(), out.data(), images, H, W, C, Ho, Wo, O, ph, pw);
   // Memory is what this looks at: a wrong element is off by about 1. tests/ops has the bound that rounding obeys.
   compare("dense_conv2d " + dz::isa(), out, wanted, 1e-3);
 }
@@ -441,8 +441,9 @@ void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t
   }
   const float* base_output = relu ? y.data() : nullptr;
   Floats out = poisoned(P * M);
-  run("channel_batch_norm", delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(), base_output,
-      nullptr, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c, s.h, s.w, 0, 0, 0, 0, 1, true);
+  run_kernel("channel_batch_norm", delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
+             base_output, nullptr, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c, s.h, s.w, 0, 0, 0, 0, 1,
+             true);
   compare("channel_batch_norm " + dz::isa(), out, wanted, 2e-5);
   for (int64_t pool = 2; pool <= 3 && pool <= lesser(H, W); ++pool) {
     const Floats gap = normals(N * C * H * W, 1);
@@ -458,9 +459,9 @@ void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t
       tops.push_back(top);
     }
     out = poisoned(static_cast<int64_t>(tops.size()));
-    run("channel_batch_norm", delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
-        base_output, gap.data(), out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c, s.h, s.w, s.n, s.c, s.h,
-        s.w, pool, true);
+    run_kernel("channel_batch_norm", delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
+               base_output, gap.data(), out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, s.n, s.c, s.h, s.w, s.n, s.c,
+               s.h, s.w, pool, true);
     compare("channel_batch_norm, pooled, " + dz::isa(), out, tops, 2e-5);
   }
   for (int64_t p = 0; p < P && !relu; ++p) {
@@ -471,8 +472,8 @@ void test_channel_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t
   }
   if (!relu) {
     out = poisoned(P * M);
-    run("channel_batch_norm", delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(), nullptr,
-        nullptr, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, 0, 0, 0, 0, 0, 0, 0, 0, 1, false);
+    run_kernel("channel_batch_norm", delta.data(), channel.data(), x.data(), mean.data(), var.data(), gamma.data(),
+               nullptr, nullptr, out.data(), eps, P, N, H, W, s.n, s.c, s.h, s.w, 0, 0, 0, 0, 0, 0, 0, 0, 1, false);
     compare("channel_batch_norm, running statistics, " + dz::isa(), out, wanted_running, 1e-6);
   }
   out = poisoned(P * M);
@@ -549,10 +550,10 @@ void test_dense_batch_norm(int64_t P, int64_t N, int64_t C, int64_t H, int64_t W
   Floats out = poisoned(half ? 0 : static_cast<int64_t>(wanted.size()));
   const void* from = half ? static_cast<const void*>(delta_half.data()) : delta.data();
   const void* with = kind == 2 ? static_cast<const void*>(residual_half.data()) : residual.data();
-  run("dense_batch_norm", from, zc.data(), var.data(), gamma.data(), kind == 0 ? nullptr : with,
-      kind == 3 ? channel.data() : nullptr, relu ? y.data() : nullptr, pool > 1 ? gap.data() : nullptr,
-      half ? static_cast<void*>(out_half.data()) : out.data(), eps, P, N, H, W, C, pool, training, half, kind == 2,
-      half);
+  run_kernel("dense_batch_norm", from, zc.data(), var.data(), gamma.data(), kind == 0 ? nullptr : with,
+             kind == 3 ? channel.data() : nullptr, relu ? y.data() : nullptr, pool > 1 ? gap.data() : nullptr,
+             half ? static_cast<void*>(out_half.data()) : out.data(), eps, P, N, H, W, C, pool, training, half,
+             kind == 2, half);
   for (const uint16_t v : out_half) out.push_back(from_half(v));
   compare("dense_batch_norm " + dz::isa(), out, wanted, half ? 8e-3 : 2e-5);
 }
@@ -622,9 +623,9 @@ void test_conv2d_tap_batch_norm(const Geometry& g, bool training, bool relu, int
     for (const double v : after.changed(d, o)) wanted.push_back(static_cast<float>(v));
   }
   Floats out = poisoned(static_cast<int64_t>(wanted.size()));
-  run("conv2d_tap_batch_norm", x.data(), coord.data(), step.data(), after.zc.data(), after.var.data(),
-      after.gamma.data(), after.beta.data(), out.data(), after.eps, g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.sh, g.sw, g.ph,
-      g.pw, g.dh, g.dw, Cg, Og, pool, training, after.relu);
+  run_kernel("conv2d_tap_batch_norm", x.data(), coord.data(), step.data(), after.zc.data(), after.var.data(),
+             after.gamma.data(), after.beta.data(), out.data(), after.eps, g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.sh, g.sw,
+             g.ph, g.pw, g.dh, g.dw, Cg, Og, pool, training, after.relu);
   compare("conv2d_tap_batch_norm " + dz::isa(), out, wanted, 2e-5);
 }
 
@@ -658,9 +659,9 @@ void test_channel_conv2d_batch_norm(const Geometry& g, bool training, bool relu,
     }
   }
   const auto run = [&](void* out, bool half) {
-    run("channel_conv2d_batch_norm", delta.data(), channel.data(), weight.data(), after.zc.data(), after.var.data(),
-        after.gamma.data(), after.beta.data(), out, after.eps, g.P, g.N, g.H, g.W, g.Ho, g.Wo, g.C, g.O, g.kh, g.kw,
-        g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, pool, training, after.relu, mean, half);
+    run_kernel("channel_conv2d_batch_norm", delta.data(), channel.data(), weight.data(), after.zc.data(),
+               after.var.data(), after.gamma.data(), after.beta.data(), out, after.eps, g.P, g.N, g.H, g.W, g.Ho, g.Wo,
+               g.C, g.O, g.kh, g.kw, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw, pool, training, after.relu, mean, half);
   };
   Floats out = poisoned(static_cast<int64_t>(wanted.size()));
   run(out.data(), false);
@@ -696,7 +697,8 @@ void test_cross_entropy_difference(int64_t P, int64_t N, int64_t K, float scale)
     wanted.push_back(total / static_cast<double>(N));
   }
   Doubles out(static_cast<size_t>(P), NAN);
-  run("cross_entropy_difference", log_probs.data(), probs.data(), target.data(), dlogits.data(), out.data(), P, N, K);
+  run_kernel("cross_entropy_difference", log_probs.data(), probs.data(), target.data(), dlogits.data(), out.data(), P,
+             N, K);
   compare("cross_entropy_difference " + dz::isa(), out, wanted, 1e-13);
   // The same logits from one feature per perturbation: dlogits[p, n, k] = delta[p, n] weight[k, channel[p]].
   const Floats delta = normals(P * N, scale), weight = normals(K * 2, 1);
@@ -707,10 +709,10 @@ void test_cross_entropy_difference(int64_t P, int64_t N, int64_t K, float scale)
     for (int64_t i = 0; i < N * K; ++i) products.push_back(delta[p * N + i / K] * weight[i % K * 2 + channel[p]]);
   }
   Doubles stored(static_cast<size_t>(P), NAN), direct(static_cast<size_t>(P), NAN);
-  run("cross_entropy_difference", log_probs.data(), probs.data(), target.data(), products.data(), stored.data(), P, N,
-      K);
-  run("channel_linear_cross_entropy", delta.data(), channel.data(), weight.data(), log_probs.data(), probs.data(),
-      target.data(), direct.data(), P, N, K, 2, 1);
+  run_kernel("cross_entropy_difference", log_probs.data(), probs.data(), target.data(), products.data(), stored.data(),
+             P, N, K);
+  run_kernel("channel_linear_cross_entropy", delta.data(), channel.data(), weight.data(), log_probs.data(),
+             probs.data(), target.data(), direct.data(), P, N, K, 2, 1);
   compare("channel_linear_cross_entropy " + dz::isa(), direct, stored, 1e-5);
   out = Doubles(static_cast<size_t>(P), NAN);
   const unsigned threads = any_threads();
@@ -730,7 +732,7 @@ void test_gelu_difference(int64_t P, int64_t S, float scale, bool tanh) {
     wanted.push_back(static_cast<float>(gelu(z[i % S] + static_cast<double>(delta[i])) - gelu(z[i % S])));
   compare_types("gelu_difference " + dz::isa(), delta, wanted, 4e-7 * std::fmax(1, scale),
                 [&](const void* from, bool half, void* out, bool out_half) {
-                  run("gelu_difference", from, z.data(), out, P, S, tanh, half, out_half);
+                  run_kernel("gelu_difference", from, z.data(), out, P, S, tanh, half, out_half);
                 });
 }
 
@@ -748,8 +750,8 @@ void test_mlp_difference(int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, 
   const Doubles var(static_cast<size_t>(R), 1.0);
   Floats in = delta, wanted;
   if (normed) {
-    run("layer_norm_difference", delta.data(), zc.data(), var.data(), gamma.data(), in.data(), 1e-3, P, R, K, true,
-        false, false);
+    run_kernel("layer_norm_difference", delta.data(), zc.data(), var.data(), gamma.data(), in.data(), 1e-3, P, R, K,
+               true, false, false);
   }
   for (int64_t row = 0; row < P * R; ++row) {
     Doubles change;
@@ -772,15 +774,15 @@ void test_mlp_difference(int64_t P, int64_t R, int64_t K, int64_t H, int64_t M, 
     for (const bool other : {false, true}) {  // the residual in either type
       const void* extra = other ? static_cast<const void*>(more.bits.data()) : residual.data();
       Floats out = poisoned(static_cast<int64_t>(wanted.size()));
-      run("mlp_difference", from, normed ? zc.data() : nullptr, var.data(), gamma.data(), up.data(), z.data(),
-          down.data(), added ? extra : nullptr, out.data(), 1e-3, P, R, K, H, M, tanh, half, other, false, half);
+      run_kernel("mlp_difference", from, normed ? zc.data() : nullptr, var.data(), gamma.data(), up.data(), z.data(),
+                 down.data(), added ? extra : nullptr, out.data(), 1e-3, P, R, K, H, M, tanh, half, other, false, half);
       compare("mlp_difference " + dz::isa(), out, wanted, tolerance);
       plain = out;
     }
     Halves rounded(poisoned(static_cast<int64_t>(wanted.size())));
-    run("mlp_difference", from, normed ? zc.data() : nullptr, var.data(), gamma.data(), up.data(), z.data(),
-        down.data(), added ? residual.data() : nullptr, rounded.bits.data(), 1e-3, P, R, K, H, M, tanh, half, false,
-        true, half);
+    run_kernel("mlp_difference", from, normed ? zc.data() : nullptr, var.data(), gamma.data(), up.data(), z.data(),
+               down.data(), added ? residual.data() : nullptr, rounded.bits.data(), 1e-3, P, R, K, H, M, tanh, half,
+               false, true, half);
     compare("mlp_difference, to bfloat16", rounded.floats(), Halves(plain).floats(), 0);
   }
 }
@@ -793,8 +795,8 @@ void test_linear_difference(int64_t P, int64_t R, int64_t K, int64_t M, float sc
   const Halves narrow(delta), more(residual);
   Floats in = delta, wanted;
   if (normed) {
-    run("layer_norm_difference", delta.data(), zc.data(), var.data(), gamma.data(), in.data(), 1e-3, P, R, K, true,
-        false, false);
+    run_kernel("layer_norm_difference", delta.data(), zc.data(), var.data(), gamma.data(), in.data(), 1e-3, P, R, K,
+               true, false, false);
   }
   for (int64_t row = 0; row < P * R; ++row) {
     for (int64_t m = 0; m < M; ++m) {
@@ -808,8 +810,8 @@ void test_linear_difference(int64_t P, int64_t R, int64_t K, int64_t M, float sc
     const double tolerance = half ? 0.02 * (1 + scale) * std::sqrt(static_cast<double>(K)) : 2e-5 * (1 + scale);
     const auto run = [&](bool other, void* out, bool out_half) {
       const void* extra = other ? static_cast<const void*>(more.bits.data()) : residual.data();
-      run("linear_difference", from, normed ? zc.data() : nullptr, var.data(), gamma.data(), weight.data(),
-          added ? extra : nullptr, out, 1e-3, P, R, K, M, half, other, out_half, half);
+      run_kernel("linear_difference", from, normed ? zc.data() : nullptr, var.data(), gamma.data(), weight.data(),
+                 added ? extra : nullptr, out, 1e-3, P, R, K, M, half, other, out_half, half);
     };
     for (const bool other : {false, true}) {  // the residual in either type
       Floats out = poisoned(static_cast<int64_t>(wanted.size()));
@@ -847,8 +849,8 @@ void test_layer_norm_difference(int64_t P, int64_t R, int64_t M, float scale, bo
   }
   compare_types("layer_norm_difference " + dz::isa(), delta, wanted, 1e-4,
                 [&](const void* from, bool half, void* out, bool out_half) {
-                  run("layer_norm_difference", from, zc.data(), var.data(), weighted ? gamma.data() : nullptr, out, eps,
-                      P, R, M, centre, half, out_half);
+                  run_kernel("layer_norm_difference", from, zc.data(), var.data(), weighted ? gamma.data() : nullptr,
+                             out, eps, P, R, M, centre, half, out_half);
                 });
 }
 
@@ -875,7 +877,7 @@ void test_softmax_difference(int64_t P, int64_t R, int64_t K, float scale, bool 
     }
   }
   Floats out = poisoned(P * R * K);
-  run("softmax_difference", delta.data(), p.data(), out.data(), P, R, K, log);
+  run_kernel("softmax_difference", delta.data(), p.data(), out.data(), P, R, K, log);
   compare("softmax_difference " + dz::isa(), out, wanted, 2e-6);
 }
 
@@ -938,8 +940,9 @@ void test_attention_difference(int64_t P, int64_t N, int64_t H, int64_t T, int64
       if ((moves >> part & 1) == 0) return nullptr;
       return half ? static_cast<const void*>(in[part].data()) : d[part].data();
     };
-    run("attention_difference", given(0), given(1), given(2), q.data(), k.data(), v.data(), p.data(),
-        half ? static_cast<void*>(narrow.data()) : out.data(), strides.data(), scale, P, N, H, T, S, D, E, half, half);
+    run_kernel("attention_difference", given(0), given(1), given(2), q.data(), k.data(), v.data(), p.data(),
+               half ? static_cast<void*>(narrow.data()) : out.data(), strides.data(), scale, P, N, H, T, S, D, E, half,
+               half);
     for (size_t i = 0; i < narrow.size(); ++i) out[i] = from_half(narrow[i]);
     for (size_t i = 0; i < out.size(); ++i) {  // [P, N, T, H, E] to [P, N, H, T, E]
       const int64_t at = static_cast<int64_t>(i), e = at % E, h = at / E % H, t = at / E / H % T, n = at / E / H / T;
@@ -961,8 +964,8 @@ void test_self_attention_difference(int64_t P, int64_t N, int64_t H, int64_t T, 
   const float* centred = normed ? zc.data() : nullptr;
   const float* more = added ? residual.data() : nullptr;
   Floats moved = poisoned(P * R * H * columns), attended = poisoned(P * R * H * E), wanted = poisoned(P * R * M);
-  run("linear_difference", delta.data(), centred, var.data(), gamma.data(), weight.data(), nullptr, moved.data(), 1e-3,
-      P, R, K, H * columns, false, false, false, false);
+  run_kernel("linear_difference", delta.data(), centred, var.data(), gamma.data(), weight.data(), nullptr, moved.data(),
+             1e-3, P, R, K, H * columns, false, false, false, false);
   Indices strides;
   for (int part = 0; part < 3; ++part) {
     for (const int64_t stride : {R * H * columns, T * H * columns, columns, H * columns}) strides.push_back(stride);
@@ -970,15 +973,15 @@ void test_self_attention_difference(int64_t P, int64_t N, int64_t H, int64_t T, 
   for (const int64_t width : {D, D, E}) {
     for (const int64_t stride : {int64_t{0}, H * T * width, T * width, width}) strides.push_back(stride);
   }
-  run("attention_difference", moved.data(), moved.data() + D, moved.data() + 2 * D, q.data(), k.data(), v.data(),
-      p.data(), attended.data(), strides.data(), 0.5, P, N, H, T, T, D, E, false, false);
-  run("linear_difference", attended.data(), nullptr, nullptr, nullptr, project.data(), more, wanted.data(), 0.0, P, R,
-      H * E, M, false, false, false, false);
+  run_kernel("attention_difference", moved.data(), moved.data() + D, moved.data() + 2 * D, q.data(), k.data(), v.data(),
+             p.data(), attended.data(), strides.data(), 0.5, P, N, H, T, T, D, E, false, false);
+  run_kernel("linear_difference", attended.data(), nullptr, nullptr, nullptr, project.data(), more, wanted.data(), 0.0,
+             P, R, H * E, M, false, false, false, false);
   for (const bool narrow : {false, true}) {
     Floats out = poisoned(P * R * M);
-    run("self_attention_difference", delta.data(), centred, var.data(), gamma.data(), weight.data(), q.data(), k.data(),
-        v.data(), p.data(), project.data(), more, out.data(), 1e-3, 0.5, P, N, H, T, D, E, K, M, false, false, false,
-        narrow);
+    run_kernel("self_attention_difference", delta.data(), centred, var.data(), gamma.data(), weight.data(), q.data(),
+               k.data(), v.data(), p.data(), project.data(), more, out.data(), 1e-3, 0.5, P, N, H, T, D, E, K, M, false,
+               false, false, narrow);
     compare("self_attention_difference " + dz::isa(), out, wanted,
             narrow ? 0.02 * std::sqrt(static_cast<double>(K * H * E)) : 0);
   }
