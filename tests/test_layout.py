@@ -50,8 +50,9 @@ def test_triton_and_cuda_files_are_ops() -> None:
 def test_what_is_made_from_the_declarations_is_up_to_date() -> None:
     """Else run python -m dzkernels.ops."""
     assert made.STUB.read_text(encoding="utf-8") == made.stub()
-    assert made.PAGE.read_text(encoding="utf-8") == made.page()
-    assert made.table() in made.page()
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")  # made.PAGE is not there where dzkernels is installed
+    assert made.table() in page
+    assert made.page(page) == page
 
 
 @pytest.mark.parametrize("op", dzkernels.OPS)

@@ -47,10 +47,11 @@ def _cell(op: str, backend: str) -> str:
     return f" {', '.join(['float32', *more])}{f': {kernel.note}' if kernel.note else ''} |"
 
 
-def page() -> str:
-    return TABLE.sub(lambda _: table(), PAGE.read_text(encoding="utf-8"))
+def page(text: str) -> str:
+    """A page whose table of kernels is made anew."""
+    return TABLE.sub(lambda _: table(), text)
 
 
 if __name__ == "__main__":
     STUB.write_text(stub(), encoding="utf-8")
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
