@@ -29,6 +29,7 @@ FLOORS = (
     "baselines",
     "estimators",
     "engine",
+    "evaluator",
     "execute",
     "plan",
     "fusion",

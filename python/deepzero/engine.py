@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .base_pass import Base, interpret
-from .carriers import Carrier, OneEntry
+from .carriers import Carrier, Dense, OneEntry
 from .device import Device, device_for
-from .errors import CaptureError, DeviceError, ObjectiveError, StepError
+from .errors import CaptureError, DeviceError, ObjectiveError
+from .evaluator import Evaluator, Whole, quotient
 from .execute.pieces import in_pieces
 from .execute.replay import Replayer
 from .execute.run_block import run_block
@@ -29,8 +30,8 @@ from .fusion import Pattern, Step, around_convolutions, schedule
 from .graph.bound import Bound
 from .graph.cache import Cache
 from .graph.graph import Graph
-from .objective import Mask, Objective, check_loss, selected
-from .plan import Route, budget, reach, route
+from .objective import Mask, Objective, check_finite, check_loss, selected
+from .plan import Route, budget, peak_bytes, reach, route
 from .state import cloned_buffers, model_kept, one_thread, random_state, random_state_kept, set_random_state
 
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -46,8 +47,7 @@ class Prepared:
     """One batch, ready for queries.
 
     loss      of the ordinary forward call
-    base      the float64 base pass; None when the model runs whole as a black box
-    whole     evaluates the objective at moved parameters, for a model that cannot be captured
+    evaluator answers queries: :class:`Captured`, or ``Whole`` for a model that cannot be captured
     reason    why it cannot, or ""
     buffers   what the ordinary forward call left in the buffers
     random    what it left in the random generators
@@ -55,12 +55,16 @@ class Prepared:
     """
 
     loss: float
-    base: Base | None
-    whole: Whole | None
+    evaluator: Evaluator
     reason: str
     buffers: dict[str, Tensor]
     random: tuple[Any, ...]
     capture_seconds: float
+
+    @property
+    def base(self) -> Base | None:
+        """The float64 base pass; None for a model that runs whole."""
+        return self.evaluator.base if isinstance(self.evaluator, Captured) else None
 
 
 class Engine:
@@ -89,7 +93,7 @@ class Engine:
         self._warned: set[str] = set()
         self._elsewhere: dict[str, Tensor] = {}
         self._device: Device | None = None
-        self._replayer: Replayer | None = None
+        self.replayer: Replayer | None = None
 
     @contextmanager
     def at(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -134,20 +138,20 @@ class Engine:
             graph, reason = self._cache.get(bound)
             if graph is None:
                 whole = self._run_whole(bound, start, reason)
-                yield Prepared(loss, None, whole, reason, moved, after, 0.0)
+                yield Prepared(loss, whole, reason, moved, after, 0.0)
                 return
             base = self._base_pass(bound, graph, loss, start, known=known)
-            if self._replayer is not None:
-                base = self._replayer.hold(base, self._cache.graphs())
+            if self.replayer is not None:
+                base = self.replayer.hold(base, self._cache.graphs())
             seconds = 0.0 if known else time.perf_counter() - began
-            yield Prepared(loss, base, None, "", moved, after, seconds)
+            yield Prepared(loss, Captured(self, base), "", moved, after, seconds)
 
     def _settle(self) -> None:
         """See where the parameters lie and what that device can do; a model on several devices is not replayed."""
         places = {p.device for p in self.model.parameters()}
         where = places.pop() if len(places) == 1 else torch.device("cpu")
         if self._device is None or self._device.where != where:
-            self._device, self._replayer = device_for(where), None
+            self._device, self.replayer = device_for(where), None
         if self._device is None:
             return
         if self.operands is torch.bfloat16 and not self._device.bfloat16():
@@ -155,9 +159,9 @@ class Engine:
                 f"precision='bfloat16' needs a device that multiplies in bfloat16, and {where} does not. "
                 "Use precision='float32'."
             )
-        if self._replayer is None:
-            self._replayer = Replayer(self._device, self.run)
-        self._replayer.record = os.environ.get("DZ_REPLAY") != "0"
+        if self.replayer is None:
+            self.replayer = Replayer(self._device, self.run)
+        self.replayer.record = os.environ.get("DZ_REPLAY") != "0"
 
     def budget(self) -> int:
         """Bytes that the differences of one block may take."""
@@ -251,24 +255,72 @@ class Engine:
             base, steps, seeds, count, operands=self.operands, strict=self.strict, warned=self._warned, observe=observe
         )
 
-    def differences(self, base: Base, name: str, where: Tensor, step: float) -> Tensor:
+    def keep_block(self, graph: Graph, name: str, block: int) -> None:
+        """Blocks of one parameter stay this small: the device has no memory for larger ones."""
+        self._routes[graph][name] = replace(self.route(graph, name), block=block)
+
+
+class Captured:
+    """Answers queries by propagating differences through the captured graph, from one base pass."""
+
+    def __init__(self, engine: Engine, base: Base) -> None:
+        self.engine = engine
+        self.base = base
+
+    def check_step(self, name: str, where: Tensor, step: float) -> None:
+        """No step is lost: weights are never written."""
+
+    def differences(self, name: str, where: Tensor, step: float) -> Tensor:
         """Loss differences [n] float64 when each coordinate of where [n, rank] of one parameter moves by ``step``.
 
         Blocks get smaller, for good, when the device has no memory for one; :class:`DeviceError` when none is left.
         """
-        route = self.route(base.graph, name)
+        engine, base = self.engine, self.base
+        route = engine.route(base.graph, name)
 
         def run(start: int, stop: int) -> Tensor:
             part = where[start:stop]
-            if self._replayer is not None:
-                return self._replayer.differences(base, route, part, step)
-            steps = torch.full((len(part),), step, dtype=self.dtype, device=part.device)
-            return self.run(base, route.steps, {name: OneEntry(route.shape, part, steps)}, len(part))
+            if engine.replayer is not None:
+                return engine.replayer.differences(base, route, part, step)
+            steps = torch.full((len(part),), step, dtype=engine.dtype, device=part.device)
+            return engine.run(base, route.steps, {name: OneEntry(route.shape, part, steps)}, len(part))
 
         losses, fits = in_pieces(len(where), route.block, run, f"blocks of {name!r}")
         if fits < route.block:
-            self._routes[base.graph][name] = replace(route, block=fits)
+            engine.keep_block(base.graph, name, fits)
         return losses
+
+    def coordinates(
+        self, name: str, where: Tensor, mu: float, signs: Sequence[float]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Block by block."""
+        graph = self.base.graph
+        route = self.engine.route(graph, name)
+        # the step a difference starts from is mu rounded to the query dtype; divide by that very number
+        realised = float(torch.tensor(mu, dtype=self.engine.dtype))
+        for part in where.split(route.block):
+            if not route.suffix and graph.loss not in graph.placeholders(name):
+                yield part, torch.zeros(len(part), dtype=torch.float64, device=part.device)
+                continue
+            quotients = quotient([self.differences(name, part, sign * mu) for sign in signs], mu) * (mu / realised)
+            if not bool(quotients.isfinite().all()):
+                worst = int((~quotients.isfinite()).nonzero()[0, 0])
+                check_finite(float(quotients[worst]), f"with {name}{part[worst].tolist()} moved by {mu:g}")
+            yield part, quotients
+
+    def directions_at_once(self, names: Sequence[str], at_most: int) -> int:
+        engine, graph = self.engine, self.base.graph
+        if engine.block is not None:
+            return engine.block
+        starts = [node for name in names for node in graph.placeholders(name)]
+        weights = 4 * sum(engine.model.get_parameter(name).numel() for name in names)
+        need = 3 * weights + peak_bytes(engine.joint_steps(graph, names), starts, dense=True)
+        return max(1, min(at_most, engine.budget() // need))
+
+    def along(self, moved: Mapping[str, Tensor]) -> Tensor:
+        steps = self.engine.joint_steps(self.base.graph, list(moved))
+        seeds = {name: Dense(values) for name, values in moved.items()}
+        return self.engine.run(self.base, steps, seeds, len(next(iter(moved.values()))))
 
 
 def _check_places(bound: Bound, error: RuntimeError) -> None:
@@ -290,67 +342,3 @@ def _loss_dtype(graph: Graph) -> torch.dtype:
         if isinstance(value := node.meta.get("val"), Tensor) and value.is_floating_point()
     }
     return max(dtypes or {torch.float32}, key=lambda d: torch.finfo(d).eps)
-
-
-class Whole:
-    """The objective as one opaque function of the parameters, for a model that cannot be captured.
-
-    It runs in float64 where the module allows it. Where it does not, a moved weight has to be written in the
-    weight's own dtype, and the realised step fl(w + h) - w becomes the divisor.
-
-    ``elsewhere`` holds parameter values to use instead of the model's own.
-    """
-
-    def __init__(self, bound: Bound, start: tuple[Any, ...], elsewhere: Mapping[str, Tensor] | None = None) -> None:
-        self.bound = bound
-        self.start = start
-        self.elsewhere = elsewhere or {}
-        self.double = True
-        try:
-            self.loss = self.evaluate({})
-        except Exception:  # whatever refuses float64; what is wrong in the model's own dtype is raised below
-            self.double = False
-            self.loss = self.evaluate({})
-
-    def _cast(self, value: Tensor) -> Tensor:
-        value = value.detach()
-        return value.double() if self.double and value.is_floating_point() else value.clone()
-
-    def parameter(self, name: str) -> Tensor:
-        """The value of a parameter that queries start from; never to be written."""
-        own = self.bound.model.get_parameter(name).detach()
-        value = self.elsewhere.get(name, own)
-        return value.double() if self.double and value.is_floating_point() else value.to(own.dtype)
-
-    def evaluate(self, moved: Mapping[str, Tensor]) -> float:
-        """The loss with some parameters replaced, from the same random state and buffers every time."""
-        set_random_state(self.start)
-        model = self.bound.model
-        values = {f"model.{name}": self._cast(b) for name, b in model.named_buffers()}
-        for name, _ in model.named_parameters():
-            values[f"model.{name}"] = moved[name] if name in moved else self.parameter(name)
-        tensors = tuple(self._cast(t) for t in self.bound.tensors)
-        with torch.no_grad():
-            return float(torch.func.functional_call(self.bound, values, tensors))
-
-    def move(self, name: str, where: Tensor, step: float) -> tuple[Tensor, float]:
-        """The parameter with one entry moved, and the step that was realised."""
-        value = self.parameter(name).clone()
-        at = tuple(where.tolist())
-        before = float(value[at])
-        value[at] += step
-        return value, float(value[at]) - before
-
-    def check_step(self, name: str, where: Tensor, step: float) -> None:
-        """Raise :class:`StepError` when the step is lost in the parameter's dtype at any of the coordinates."""
-        if self.double:
-            return
-        parameter = self.parameter(name)
-        values = parameter[tuple(where.unbind(1))] if where.shape[1] else parameter.reshape(1)
-        lost = int(((values + step) == values).sum())
-        if lost:
-            raise StepError(
-                f"step {step:g} vanishes on {lost:,} of {len(values):,} selected weights of {name!r} "
-                f"({parameter.dtype}), which have to be written because the model runs whole. Use a larger mu, or "
-                "keep the weights in float32."
-            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,10 +100,10 @@ class EngineEstimator(Estimator):
             self._done(queries)
         return StepResult(ready.loss, queries)
 
-    def _quotients(self, differences: Callable[[float], Tensor]) -> Tensor:
-        """[P] quotients from ``differences(step)``, the [P] float64 loss differences of the signed step ``step``."""
-        losses = [differences(sign * self.mu) for sign in self.signs]
-        return losses[0] / self.mu if self.scheme == "forward" else (losses[0] - losses[1]) / (2 * self.mu)
+    def _check_steps(self, ready: Prepared, selected: dict[str, Tensor]) -> None:
+        for name, where in selected.items():
+            for sign in self.signs:
+                ready.evaluator.check_step(name, where, sign * self.mu)
 
     def _empty_grads(self, selected: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: torch.zeros_like(self.model.get_parameter(name), requires_grad=False) for name in selected}

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
+import torch
+from torch import Tensor
+
+import dzkernels
+
+from ..carriers import OneEntry, describe
+from ..engine import Captured
 from ..errors import MaskError
+from ..fusion import Step
+from ..rules.registry import missing_rules
 from ..text import aligned
 
 
@@ -106,3 +115,56 @@ class Plan:
         if slow:
             text.append("no rule, evaluated in float64 once per query: " + ", ".join(slow))
         return "\n".join(text)
+
+
+def profile(evaluator: Captured, selected: dict[str, Tensor], mu: float, signs: Sequence[float]) -> list[Line]:
+    """Time one block of each parameter's coordinates (name -> [n, rank])."""
+    return [_line(evaluator, name, where, mu, len(signs)) for name, where in selected.items()]
+
+
+def _line(evaluator: Captured, name: str, where: Tensor, mu: float, queries: int) -> Line:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    engine, base = evaluator.engine, evaluator.base
+    route = engine.route(base.graph, name)
+    part = where[: route.block]
+    step = torch.full((len(part),), mu, dtype=engine.dtype, device=part.device)
+    seed = {name: OneEntry(route.shape, part, step)}
+    counter = FlopCounterMode(display=False)
+    # torch counts its own ops only, which are what the reference kernels are made of
+    with counter, dzkernels.use_backend("reference"):
+        engine.run(base, route.steps, seed, len(part))
+    kinds: list[str] = []
+    kernels: Counter[str] = Counter()
+    began = last = time.perf_counter()
+
+    def observe(step: Step, carrier: Any, fused: bool) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        kind = describe(carrier)
+        if kind != "Zero":
+            kinds.append(kind)
+            label = step.kernel if fused else f"rule {getattr(step.nodes[0].target, '__name__', step.nodes[0].target)}"
+            kernels[f"{label} ({kind})"] += now - last  # type: ignore[assignment]
+        last = now
+
+    engine.run(base, route.steps, seed, len(part), observe)
+    each = queries / len(part)
+    return Line(
+        name,
+        route.shape,
+        len(where),
+        len(route.suffix),
+        " > ".join(_runs(kinds)) or "does not reach the loss",
+        each * counter.get_total_flops(),
+        route.block,
+        route.bytes,
+        each * (last - began),
+        {label: each * seconds for label, seconds in kernels.items()},
+        missing_rules(route.suffix),
+    )
+
+
+def _runs(kinds: list[str]) -> list[str]:
+    """Consecutive repeats removed."""
+    return [k for i, k in enumerate(kinds) if i == 0 or kinds[i - 1] != k]

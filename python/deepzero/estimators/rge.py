@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..carriers import Dense
 from ..engine import Prepared
+from ..evaluator import quotient
 from ..execute.pieces import in_pieces
 from ..objective import Objective, check_finite
-from ..plan import peak_bytes
 from .directions import Directions
 from .engine_estimator import EngineEstimator
 
@@ -77,16 +75,16 @@ class RGE(EngineEstimator):
         device = self.model.get_parameter(next(iter(selected))).device
         sizes = [len(where) for where in selected.values()]
         total = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        block = self._block(ready, list(selected))
-        if ready.whole is not None:
-            for name, where in selected.items():
-                ready.whole.check_step(name, where, self.mu)
+        evaluator = ready.evaluator
+        self._check_steps(ready, selected)
+        block = evaluator.directions_at_once(list(selected), self.directions.count)
         drawn = self.directions.draw(len(total), self.estimates)
         while rows := list(itertools.islice(drawn, block)):
             u = torch.stack(rows).to(device)
 
             def slopes(start: int, stop: int, u: Tensor = u) -> Tensor:
-                return self._quotients(functools.partial(self._differences, ready, selected, u[start:stop]))
+                moves = (self._steps(selected, u[start:stop], sign * self.mu) for sign in self.signs)
+                return quotient([evaluator.along(moved) for moved in moves], self.mu)
 
             slope, block = in_pieces(len(u), block, slopes, "blocks of random directions")
             if not bool(slope.isfinite().all()):
@@ -98,19 +96,8 @@ class RGE(EngineEstimator):
             grads[name][tuple(where.unbind(1))] = part.to(grads[name].dtype)
         return grads
 
-    def _block(self, ready: Prepared, names: list[str]) -> int:
-        if ready.base is None:
-            return 1
-        if self.engine.block is not None:
-            return self.engine.block
-        graph = ready.base.graph
-        starts = [node for name in names for node in graph.placeholders(name)]
-        weights = 4 * sum(self.model.get_parameter(name).numel() for name in names)
-        need = 3 * weights + peak_bytes(self.engine.joint_steps(graph, names), starts, dense=True)
-        return max(1, min(self.directions.count, self.engine.budget() // need))
-
-    def _differences(self, ready: Prepared, selected: dict[str, Tensor], u: Tensor, step: float) -> Tensor:
-        """Loss differences [P] in float64 at w + step u."""
+    def _steps(self, selected: dict[str, Tensor], u: Tensor, step: float) -> dict[str, Tensor]:
+        """Parameter name -> step u [P, *shape] in the dtype of queries, for directions u [P, d] of the selection."""
         parts = u.split([len(where) for where in selected.values()], dim=1)
         moved = {}
         for (name, where), part in zip(selected.items(), parts, strict=True):
@@ -122,17 +109,4 @@ class RGE(EngineEstimator):
             moved[name] = torch.zeros((len(u), *shape), dtype=self.engine.dtype, device=u.device)
             at: Any = (slice(None), *where.unbind(1))
             moved[name][at] = steps
-        if ready.whole is not None:
-            whole = ready.whole
-            losses = []
-            for p in range(len(u)):
-                at = {name: whole.parameter(name) + values[p] for name, values in moved.items()}
-                kept = {
-                    name: v if whole.double else v.to(self.model.get_parameter(name).dtype) for name, v in at.items()
-                }
-                losses.append(whole.evaluate(kept) - whole.loss)
-            return torch.tensor(losses, dtype=torch.float64, device=u.device)
-        assert ready.base is not None
-        steps = self.engine.joint_steps(ready.base.graph, list(selected))
-        seeds = {name: Dense(values) for name, values in moved.items()}
-        return self.engine.run(ready.base, steps, seeds, len(u))
+        return moved

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import Whole
 from ..estimators.cge import CGE
+from ..evaluator import Whole
 from ..graph.bound import Bound
 from ..objective import Objective
 from ..state import random_state_kept
