@@ -14,6 +14,7 @@ TESTS = Path(__file__).resolve().parent
 QUICK = {
     "test_helpers.py": 1,
     "test_judge.py": 1,
+    "test_messages.py": 1,
     "test_kernels_page.py": 0,
     "test_imports.py": 1,
     "test_layout.py": 1,

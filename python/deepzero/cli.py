@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import os
 import platform
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .errors import BudgetError, ConfigError, DeepZeroError, ObjectiveError
+from .errors import BudgetError, ConfigError, DeepZeroError, ObjectiveError, did_you_mean
 from .training.studies import STUDIES
 
 if TYPE_CHECKING:
@@ -146,9 +145,7 @@ def ablate(
 
 def _study(name: str) -> Study:
     if name not in STUDIES:
-        near = difflib.get_close_matches(name, STUDIES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"study {name!r} is unknown.{hint} Known: {', '.join(STUDIES)}.")
+        raise ConfigError(f"study {name!r} is unknown.{did_you_mean(name, STUDIES)} Known: {', '.join(STUDIES)}.")
     return STUDIES[name]
 
 

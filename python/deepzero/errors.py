@@ -1,10 +1,13 @@
-"""The exception family of deepzero.
+"""The exception family of deepzero, and the hint that its messages give for a misspelt name.
 
 Every error says what was being done, what was expected, what came, and what to do about it. Each class also
 derives from the built-in exception that a caller would expect, so ``except ValueError`` keeps working.
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class DeepZeroError(Exception):
@@ -49,3 +52,13 @@ class CheckpointError(DeepZeroError, RuntimeError):
 
 class ConfigError(DeepZeroError, ValueError):
     """A configuration key is unknown or has an unusable value."""
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """`` Did you mean 'weight'?`` with the known name closest to ``name``, for the end of a sentence.
+
+    ``otherwise`` follows in its place, after a space too, when no known name is close.
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else otherwise
+    return f" {hint}" if hint else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import MaskError, ObjectiveError
+from .errors import MaskError, ObjectiveError, did_you_mean
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """``objective(model, batch)`` returns the loss: a tensor with one element. ``batch`` is any pytree of tensors."""
@@ -74,9 +73,8 @@ def selected(model: nn.Module, mask: Mask | None) -> dict[str, Tensor]:
 
 def _check(name: str, mask: Any, every: dict[str, nn.Parameter], trainable: dict[str, nn.Parameter]) -> None:
     if name not in every:
-        near = difflib.get_close_matches(str(name), trainable, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Parameters are: {_some(sorted(trainable))}."
-        raise MaskError(f"the mask names {name!r}, which is no parameter of the model. {hint}")
+        hint = did_you_mean(str(name), trainable, f"Parameters are: {_some(sorted(trainable))}.")
+        raise MaskError(f"the mask names {name!r}, which is no parameter of the model.{hint}")
     if name not in trainable:
         twin = next((n for n, p in trainable.items() if p is every[name]), None)
         hint = (

@@ -170,7 +170,7 @@ def test_a_diverging_run_is_exit_code_4_and_keeps_its_checkpoint(tmp_path):
 
 
 MISTAKES = {
-    "unknown key": (["--set", "epoch=3"], r"epoch is not a key. Did you mean epochs?"),
+    "unknown key": (["--set", "epoch=3"], r"epoch is not a key. Did you mean 'epochs'?"),
     "unknown model": (
         options("model.name=resnt20"),
         "model.name = 'resnt20' is unknown. Did you mean 'resnet20'? Known: paper-cnn",

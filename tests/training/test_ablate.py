@@ -178,7 +178,7 @@ MISTAKES = {
     "unknown study": (["sparsty"], "study 'sparsty' is unknown. Did you mean 'sparsity'? Known: mu, q,"),
     "unknown key": (
         ["--sweep", "sparsity.fractoin=0.5"],
-        "sparsity.fractoin is not a key. Did you mean sparsity.fraction?",
+        "sparsity.fractoin is not a key. Did you mean 'sparsity.fraction'?",
     ),
     "unusable value of a later cell": (
         ["--sweep", "sparsity.fraction=0.5,1.5"],

@@ -51,16 +51,20 @@ def test_overrides_win_over_the_file(tmp_path):
 
 
 UNUSABLE = {
-    "unknown section": ("[modle]\n", [], r"c.toml: modle is not a key. Did you mean model\? Keys here: seed, epochs, "),
+    "unknown section": (
+        "[modle]\n",
+        [],
+        r"c.toml: modle is not a key. Did you mean 'model'\? Keys here: seed, epochs, ",
+    ),
     "unknown key": (
         "[data]\nbatchsize = 3\n",
         [],
-        r"data.batchsize is not a key. Did you mean data.batch_size\? Keys here: data.name,",
+        r"data.batchsize is not a key. Did you mean 'data.batch_size'\? Keys here: data.name,",
     ),
     "unknown override": (
         "",
         ["sparsity.fractoin=0.5"],
-        r"sparsity.fractoin is not a key. Did you mean sparsity.fraction\?",
+        r"sparsity.fractoin is not a key. Did you mean 'sparsity.fraction'\?",
     ),
     "wrong type": ("epochs = 'many'\n", [], r"epochs = 'many': input should be a valid integer"),
     "out of range": ("[sparsity]\nfraction = 1.0\n", [], r"sparsity.fraction = 1.0: input should be less than 1"),
@@ -74,7 +78,7 @@ UNUSABLE = {
     "schedule": (
         "[sparsity.schedule]\nnmae = 'cubic'\n",
         [],
-        r"sparsity.schedule.nmae is not a key. Did you mean sparsity.schedule.name\? Keys here: sparsity.schedule",
+        r"sparsity.schedule.nmae is not a key. Did you mean 'sparsity.schedule.name'\? Keys here: sparsity.schedule",
     ),
     "no method": (
         "first_order = ['sparse']\n",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, did_you_mean
 from .bundled import digits, mnist5000
 from .cifar import cifar10, cifar100
 from .idx import fashion_mnist, mnist
@@ -32,8 +31,7 @@ def load(name: str, *, folder: str | Path | None = None, seed: int = 0) -> Image
         return BUNDLED[name](seed=seed)
     if name not in FROM_FOLDER:
         known = [*BUNDLED, *FROM_FOLDER]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise DataError(f"data.name = {name!r} is unknown.{hint} Known: {', '.join(known)}.")
     if folder is None:
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Prepared
-from ..errors import MaskError
+from ..errors import MaskError, did_you_mean
 from ..objective import Mask, Objective, selected
 from .cge import CGE
 from .engine_estimator import EngineEstimator
@@ -118,9 +117,8 @@ def _chosen(model: nn.Module, coordinates: str | Sequence[str] | Mask) -> dict[s
                 )
             names = fnmatch.filter(every, pattern)
             if not names:
-                near = difflib.get_close_matches(pattern, every, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"They are: {', '.join(list(every)[:12])}."
-                raise MaskError(f"coordinates: no parameter that requires grad matches {pattern!r}. {hint}")
+                hint = did_you_mean(pattern, every, f"They are: {', '.join(list(every)[:12])}.")
+                raise MaskError(f"coordinates: no parameter that requires grad matches {pattern!r}.{hint}")
             chosen |= {name: every[name] for name in names}
     if not chosen:
         raise MaskError("coordinates names nothing, so all would be left to random directions: use dz.RGE.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import MaskError
+from ..errors import MaskError, did_you_mean
 from ..objective import Mask
 from .ratios import LayerRatios, fraction_left_out, kept_count
 from .schedules import Schedule, most_sparsity, sparsity_at, sparsity_of, sparsity_state
@@ -51,8 +50,7 @@ def parameter_names(model: nn.Module, *patterns: str) -> tuple[str, ...]:
             continue
         found = fnmatch.filter(known, pattern)
         if not found:
-            near = difflib.get_close_matches(pattern, [*GROUPS, *known], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Parameters are: {', '.join(known[:12])}."
+            hint = did_you_mean(pattern, [*GROUPS, *known], f"Parameters are: {', '.join(known[:12])}.")
             raise MaskError(f"{pattern!r} matches no parameter of the model with requires_grad.{hint}")
         chosen |= set(found)
     return tuple(name for name in known if name in chosen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import MaskError
+from ..errors import MaskError, did_you_mean
 from .scores import Scores
 
 KEEP = ("magnitude", "highest", "lowest")
@@ -203,6 +202,5 @@ def _trainable(model: nn.Module) -> dict[str, torch.Size]:
 
 def _known(name: str, shapes: Mapping[str, torch.Size], what: str) -> None:
     if name not in shapes:
-        near = difflib.get_close_matches(name, shapes, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, shapes)
         raise MaskError(f"{what} {name!r}, which is no parameter of the model with requires_grad.{hint}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -201,9 +200,7 @@ def _explained(error: Mapping[str, Any]) -> str:
         section = section.model_fields[part].annotation
     prefix = "".join(f"{part}." for part in error["loc"][:-1])
     keys = [prefix + key for key in section.model_fields]
-    near = difflib.get_close_matches(where, keys, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{where} is not a key.{hint} Keys here: {', '.join(keys)}."
+    return f"{where} is not a key.{did_you_mean(where, keys)} Keys here: {', '.join(keys)}."
 
 
 def to_toml(config: Config) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from ..errors import ConfigError, DeepZeroError
+from ..errors import ConfigError, DeepZeroError, did_you_mean
 
 
 def chosen(
     section: str, name: str, known: Mapping[str, Callable[..., Any]], *, key: str = "name"
 ) -> Callable[..., Any]:
     if name not in known:
-        hint = _near(name, list(known))
+        hint = did_you_mean(name, known)
         raise ConfigError(f"{section}.{key} = {name!r} is unknown.{hint} Known: {', '.join(known)}.")
     return known[name]
 
@@ -33,7 +32,7 @@ def checked_options(
     for option in options:
         if option not in free:
             raise ConfigError(
-                f"{section}.{key}.{option} is not an option of {name}.{_near(option, free)} Options: "
+                f"{section}.{key}.{option} is not an option of {name}.{did_you_mean(option, free)} Options: "
                 f"{', '.join(free) or 'none'}."
             )
     return cast("dict[str, Any]", dict(options))
@@ -47,8 +46,3 @@ def made(section: str, name: str, factory: Callable[..., Any], *given: Any, **op
         raise
     except (TypeError, ValueError) as refused:
         raise ConfigError(f"{section}.options do not suit {name}: {refused}") from refused
-
-
-def _near(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
