@@ -109,8 +109,9 @@ class Subject:
         made = kind(self.model, self.goal, mu=MU, **own, **options)
         if self.first is None:
             self.first = made
-        elif hasattr(made.engine, "_cache"):  # tracing takes most of a row's time
-            made.engine._cache = self.first.engine._cache
+        elif hasattr(made, "engine"):  # tracing takes most of a row's time
+            captures = "cache" if hasattr(made.engine, "cache") else "_cache"  # its name in older checkouts
+            setattr(made.engine, captures, getattr(self.first.engine, captures))
         return made
 
     def estimate(self, name: str, **options: Any) -> Parts:

@@ -6,7 +6,7 @@ The pieces a training script needs are here; everything else lives in the submod
 from . import data, errors, models, sparsity
 from .baselines import ForwardGE
 from .blackbox import BlackBox, blackbox
-from .estimators import CGE, RGE, Estimate, Estimator, HybridGE, StaleGE, StepResult
+from .estimators import CGE, RGE, Estimate, Estimator, HybridGE, LayerwiseRGE, StaleGE, StepResult
 from .training import Trainer
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
     "Estimator",
     "ForwardGE",
     "HybridGE",
+    "LayerwiseRGE",
     "StaleGE",
     "StepResult",
     "Trainer",

@@ -87,7 +87,7 @@ class Engine:
         self.dtype, self.operands = PRECISIONS[precision]
         self.strict = strict
         self.block = block
-        self._cache = Cache()
+        self.cache = Cache()
         self._routes: WeakKeyDictionary[Graph, dict[str, Route]] = WeakKeyDictionary()
         self._joint: WeakKeyDictionary[Graph, dict[tuple[str, ...], tuple[Step, ...]]] = WeakKeyDictionary()
         self._warned: set[str] = set()
@@ -134,15 +134,15 @@ class Engine:
             after = random_state()
             moved = {name: named[f"model.{name}"] for name in buffers}
             began = time.perf_counter()
-            known = bound in self._cache
-            graph, reason = self._cache.get(bound)
+            known = bound in self.cache
+            graph, reason = self.cache.get(bound)
             if graph is None:
                 whole = self._run_whole(bound, start, reason)
                 yield Prepared(loss, whole, reason, moved, after, 0.0)
                 return
             base = self._base_pass(bound, graph, loss, start, known=known)
             if self.replayer is not None:
-                base = self.replayer.hold(base, self._cache.graphs())
+                base = self.replayer.hold(base, self.cache.graphs())
             seconds = 0.0 if known else time.perf_counter() - began
             yield Prepared(loss, Captured(self, base), "", moved, after, seconds)
 
@@ -196,7 +196,7 @@ class Engine:
             if abs(again - loss) <= tolerance:
                 return base
             if attempt == 0:
-                fresh, reason = self._cache.get(bound, fresh=True)
+                fresh, reason = self.cache.get(bound, fresh=True)
                 if fresh is None:
                     raise CaptureError(f"the model could be captured before and cannot be now: {reason}")
                 graph = fresh

@@ -185,7 +185,7 @@ MISTAKES = {
     ),
     "unknown estimator": (
         options("estimator.name=cgee"),
-        "estimator.name = 'cgee' is unknown. Did you mean 'cge'? Known: cge, rge, hybrid, stale, forward-gradient, "
+        "estimator.name = 'cgee' is unknown. Did you mean 'cge'? Known: cge, rge, layerwise, hybrid, stale, forward-gradient, "
         "plain-loop, backprop.",
     ),
     "unknown estimator option": (

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from deepzero.baselines import ForwardGE
 from deepzero.errors import BudgetError, MaskError, NoRuleError, ObjectiveError, StepError
-from deepzero.estimators import CGE, RGE, HybridGE, StaleGE
+from deepzero.estimators import CGE, ESTIMATORS, RGE, HybridGE, LayerwiseRGE, StaleGE
 from deepzero.report.check import check
 
-KINDS = [CGE, RGE, HybridGE, StaleGE, ForwardGE]
+KINDS = [*ESTIMATORS.values(), ForwardGE]
 
 
 def model() -> nn.Module:
@@ -128,6 +128,12 @@ ARGUMENTS: list[tuple[str, Any, type[Exception], str]] = [
         "queries = 5 directions cannot be orthogonal in the 4 dimensions",
     ),
     ("hybrid queries", lambda: HybridGE(model(), objective, queries=0), ValueError, "queries must be a positive numb"),
+    (
+        "fewer directions than layers",
+        lambda: LayerwiseRGE(model(), objective, queries=2),
+        ValueError,
+        r"queries must be at least one direction for each of the model's 3 layers, got 2",
+    ),
     ("forward queries", lambda: ForwardGE(model(), objective, queries=0), ValueError, "queries must be a positive num"),
     (
         "unknown pattern",
@@ -192,6 +198,9 @@ def test_query_counts() -> None:
     assert hybrid.estimate(batch(), {"0.weight": mask["0.weight"]}).queries == 1 + 7
     assert HybridGE(model(), objective, queries=7, scheme="central").estimate(batch(), mask).queries == 1 + 2 * (4 + 7)
     assert StaleGE(model(), objective).estimate(batch(), mask).queries == 1 + 24
+    layerwise = LayerwiseRGE(model(), objective, queries=7)  # two directions for each of three layers
+    assert layerwise.estimate(batch()).queries == 1 + 6
+    assert layerwise.estimate(batch(), mask).queries == 1 + 4
     assert ForwardGE(model(), objective, queries=7).estimate(batch(), mask).queries == 7
 
 

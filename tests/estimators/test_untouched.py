@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from deepzero.baselines import ForwardGE
 from deepzero.errors import ObjectiveError
-from deepzero.estimators import CGE, RGE, Estimator, HybridGE, StaleGE
+from deepzero.estimators import CGE, ESTIMATORS, RGE, Estimator
 from untouched import assert_same, snapshot
 
 
@@ -44,21 +44,18 @@ def batch(seed: int = 1) -> tuple[Tensor, Tensor]:
     return torch.randn(6, 1, 5, 5, generator=generator), torch.randint(0, 4, (6,), generator=generator)
 
 
-ESTIMATORS: dict[str, Callable[[nn.Module, Any], Estimator]] = {
-    "cge": lambda m, o: CGE(m, o),
+KINDS: dict[str, Callable[[nn.Module, Any], Estimator]] = {
+    **ESTIMATORS,
     "cge central bfloat16": lambda m, o: CGE(m, o, scheme="central", precision="bfloat16"),
-    "rge": lambda m, o: RGE(m, o, queries=5),
     "rge central": lambda m, o: RGE(m, o, queries=3, scheme="central", distribution="sphere"),
     "rge orthogonal": lambda m, o: RGE(m, o, queries=5, distribution="orthogonal"),
-    "hybrid": lambda m, o: HybridGE(m, o, queries=3),
-    "stale": lambda m, o: StaleGE(m, o, decay=0.5),
     "forward gradient": lambda m, o: ForwardGE(m, o, queries=3),
 }
 
 
-@pytest.fixture(params=ESTIMATORS, ids=str)
+@pytest.fixture(params=KINDS, ids=str)
 def build(request: pytest.FixtureRequest) -> Callable[[nn.Module, Any], Estimator]:
-    return ESTIMATORS[request.param]
+    return KINDS[request.param]
 
 
 def test_the_snapshot_sees_a_moved_weight() -> None:

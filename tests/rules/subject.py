@@ -41,7 +41,7 @@ class Subject:
         if precision not in self._estimators:
             made = WideCGE(self.model, self.case.objective, precision=precision, strict=not self.case.falls_back)
             for other in self._estimators.values():
-                made.engine._cache = other.engine._cache  # tracing takes most of a row's time
+                made.engine.cache = other.engine.cache  # tracing takes most of a row's time
             self._estimators[precision] = made
         return self._estimators[precision]
 

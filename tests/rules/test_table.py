@@ -137,7 +137,7 @@ def test_blocks_change_nothing_but_rounding(id: str) -> None:
     def estimate(block: int | None) -> dict[str, Tensor]:
         torch.manual_seed(1)
         estimator = dz.CGE(subject.model, case.objective, mu=5e-3, block=block, strict=True)
-        estimator.engine._cache = subject.estimator("float32").engine._cache
+        estimator.engine.cache = subject.estimator("float32").engine.cache
         return estimator.estimate(subject.batch, subject.mask).grads
 
     results = {block: estimate(block) for block in (None, 1, 3)}

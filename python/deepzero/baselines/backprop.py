@@ -26,7 +26,7 @@ class Backprop(Estimator):
     def estimate(self, batch: Any, mask: Mask | None = None) -> Estimate:
         with Transaction(self.model) as transaction:
             estimate = self._gradients(transaction, batch, mask)
-            self.queries += estimate.queries
+            self._done(estimate.queries)
         return estimate
 
     def backward(self, batch: Any, mask: Mask | None = None) -> StepResult:
@@ -34,7 +34,7 @@ class Backprop(Estimator):
             estimate = self._gradients(transaction, batch, mask)
             transaction.settle()
             accumulate(self.model, estimate.grads)
-            self.queries += estimate.queries
+            self._done(estimate.queries)
             transaction.keep(Snapshot(self.model))
         return StepResult(estimate.loss, estimate.queries)
 

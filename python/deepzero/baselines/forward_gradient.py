@@ -61,20 +61,11 @@ class ForwardGE(Estimator):
         self.model, self.objective = model, objective
         self.queries, self.budget = 0, budget
         self.directions = Directions(queries, distribution, seed)
-        self.estimates = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"estimates": self.estimates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.estimates = int(state["estimates"])
 
     def estimate(self, batch: Any, mask: Mask | None = None) -> Estimate:
         with Transaction(self.model) as transaction:
             estimate, _ = self._gradients(transaction, batch, mask)
-            self.queries += estimate.queries
-            self.estimates += 1
+            self._done(estimate.queries)
         return estimate
 
     def backward(self, batch: Any, mask: Mask | None = None) -> StepResult:
@@ -82,8 +73,7 @@ class ForwardGE(Estimator):
             estimate, after_first = self._gradients(transaction, batch, mask)
             transaction.settle()
             accumulate(self.model, estimate.grads)
-            self.queries += estimate.queries
-            self.estimates += 1
+            self._done(estimate.queries)
             transaction.keep(after_first)
         return StepResult(estimate.loss, estimate.queries)
 

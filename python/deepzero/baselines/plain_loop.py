@@ -42,7 +42,7 @@ class PlainLoop(Estimator):
     def estimate(self, batch: Any, mask: Mask | None = None) -> Estimate:
         with Transaction(self.model) as transaction:
             estimate, _ = self._differences(transaction, batch, mask)
-            self.queries += estimate.queries
+            self._done(estimate.queries)
         return estimate
 
     def backward(self, batch: Any, mask: Mask | None = None) -> StepResult:
@@ -50,7 +50,7 @@ class PlainLoop(Estimator):
             estimate, after_base = self._differences(transaction, batch, mask)
             transaction.settle()
             accumulate(self.model, estimate.grads)
-            self.queries += estimate.queries
+            self._done(estimate.queries)
             transaction.keep(after_base)
         return StepResult(estimate.loss, estimate.queries)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine import Captured, Prepared
+from ..engine import Captured
+from ..evaluator import Evaluator
 from ..objective import Mask
 from .engine_estimator import EngineEstimator
 from .profile import Plan, profile
@@ -24,21 +25,17 @@ class CGE(EngineEstimator):
     Arguments and errors as in :class:`EngineEstimator`.
     """
 
-    def _count(self, selected: dict[str, Tensor]) -> int:
-        return 1 + len(self.signs) * sum(map(len, selected.values()))
+    def moves(self, selected: dict[str, Tensor]) -> int:
+        return sum(map(len, selected.values()))
 
-    def _gradients(self, ready: Prepared, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-        grads = self._empty_grads(selected)
-        self._check_steps(ready, selected)
-        for name, where in selected.items():
-            for part, quotients in ready.evaluator.coordinates(name, where, self.mu, self.signs):
-                grads[name][tuple(part.unbind(1))] = quotients.to(grads[name].dtype)
-        return grads
+    def gradients(self, evaluator: Evaluator, selected: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.along_coordinates(evaluator, selected)
 
     def plan(self, batch: Any, mask: Mask | None = None) -> Plan:
         """What :meth:`estimate` would do with this batch and mask, timed on one block per parameter. Pure."""
         selected = self.engine.selected(mask)
+        queries = 1 + len(self.signs) * self.moves(selected)
         with self.engine.prepared(batch) as ready:
             evaluator = ready.evaluator
             lines = profile(evaluator, selected, self.mu, self.signs) if isinstance(evaluator, Captured) else []
-            return Plan(lines, self._count(selected), self.engine.precision, ready.reason, ready.capture_seconds)
+            return Plan(lines, queries, self.engine.precision, ready.reason, ready.capture_seconds)

@@ -1,7 +1,8 @@
-"""What the estimators on the difference engine share: the step, its scheme, and the transaction around an estimate."""
+"""What the estimators on the difference engine share: options, moves, and the transaction around an estimate."""
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from typing import Any
 
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 
 from ..engine import Engine, Prepared
 from ..errors import StepError
-from ..objective import Mask, Objective
+from ..evaluator import Evaluator, quotient
+from ..execute.pieces import in_pieces
+from ..objective import Mask, Objective, check_finite
 from ..state import set_random_state, uninterrupted, write_buffers
+from .directions import Directions
 from .interface import Estimate, Estimator, StepResult, accumulate
-from .options import SCHEMES, check_mu, check_scheme
+from .options import SCHEMES, check_mu, check_scheme, spelled_out
 
 
 class EngineEstimator(Estimator):
@@ -30,6 +34,9 @@ class EngineEstimator(Estimator):
     budget            most queries in all; :class:`BudgetError` before the estimate that would exceed it
 
     Raises :class:`MaskError`, :class:`StepError`, :class:`ObjectiveError`, :class:`BudgetError` before any query.
+
+    A subclass says how many moves an estimate makes (:meth:`moves`) and what gradient they give (:meth:`gradients`),
+    as a rule by :meth:`along_coordinates` and :meth:`along_directions`; ``docs/new-estimator.md`` writes one.
     """
 
     def __init__(
@@ -59,31 +66,101 @@ class EngineEstimator(Estimator):
         self.budget = budget
         self.queries = 0
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            signature = spelled_out(vars(cls)["__init__"], cls.__mro__[1])
+            cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
+
     @property
     def signs(self) -> tuple[float, ...]:
         return SCHEMES[self.scheme]
 
-    @abstractmethod
-    def _count(self, selected: dict[str, Tensor]) -> int:
-        """Queries of an estimate of these coordinates (parameter name -> [n, rank] int64), the base loss included."""
+    # --- what a subclass says
 
     @abstractmethod
-    def _gradients(self, ready: Prepared, selected: dict[str, Tensor]) -> dict[str, Tensor]:
+    def moves(self, selected: dict[str, Tensor]) -> int:
+        """How many coordinates and directions an estimate moves along, each taking one query for each sign.
+
+        selected  parameter name -> coordinates [n, rank] int64 of the mask
+        """
+
+    @abstractmethod
+    def gradients(self, evaluator: Evaluator, selected: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameter name -> estimate in the parameter's shape and dtype. Changes nothing of the estimator."""
 
-    def _remember(self, grads: dict[str, Tensor]) -> None:
+    def remember(self, grads: dict[str, Tensor]) -> None:
         """Keep what later estimates need of this step; part of ``backward``'s commit, before anything is written."""
+
+    # --- what a subclass is made of
+
+    def along_coordinates(self, evaluator: Evaluator, selected: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One quotient for each selected coordinate, 0 elsewhere."""
+        self._check_steps(evaluator, selected)
+        grads = self._empty_grads(selected)
+        for name, where in selected.items():
+            for part, quotients in evaluator.coordinates(name, where, self.mu, self.signs):
+                grads[name][tuple(part.unbind(1))] = quotients.to(grads[name].dtype)
+        return grads
+
+    def along_directions(
+        self, evaluator: Evaluator, selected: dict[str, Tensor], directions: Directions, number: int
+    ) -> dict[str, Tensor]:
+        """The mean of quotient times direction over the directions of draw ``number``, which move what is selected."""
+        self._check_steps(evaluator, selected)
+        device = self.model.get_parameter(next(iter(selected))).device
+        sizes = [len(where) for where in selected.values()]
+        total = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        block = evaluator.directions_at_once(list(selected), directions.count)
+        drawn = directions.draw(len(total), number)
+        while rows := list(itertools.islice(drawn, block)):
+            u = torch.stack(rows).to(device)
+
+            def slopes(start: int, stop: int, u: Tensor = u) -> Tensor:
+                moves = (self._steps(selected, u[start:stop], sign * self.mu) for sign in self.signs)
+                return quotient([evaluator.along(moved) for moved in moves], self.mu)
+
+            slope, block = in_pieces(len(u), block, slopes, "blocks of random directions")
+            if not bool(slope.isfinite().all()):
+                check_finite(float("nan"), f"along a random direction with mu={self.mu:g}")
+            total += slope @ u.double()
+        total /= directions.count
+        grads = self._empty_grads(selected)
+        for (name, where), part in zip(selected.items(), total.split(sizes), strict=True):
+            grads[name][tuple(where.unbind(1))] = part.to(grads[name].dtype)
+        return grads
+
+    def _steps(self, selected: dict[str, Tensor], u: Tensor, step: float) -> dict[str, Tensor]:
+        """Parameter name -> step u [P, *shape] in the dtype of queries, for directions u [P, d] of the selection."""
+        parts = u.split([len(where) for where in selected.values()], dim=1)
+        moved = {}
+        for (name, where), part in zip(selected.items(), parts, strict=True):
+            shape = self.model.get_parameter(name).shape
+            steps = (step * part).to(self.engine.dtype)
+            if len(where) == shape.numel():  # every coordinate, in order
+                moved[name] = steps.reshape(len(u), *shape)
+                continue
+            moved[name] = torch.zeros((len(u), *shape), dtype=self.engine.dtype, device=u.device)
+            at: Any = (slice(None), *where.unbind(1))
+            moved[name][at] = steps
+        return moved
+
+    def _check_steps(self, evaluator: Evaluator, selected: dict[str, Tensor]) -> None:
+        for name, where in selected.items():
+            for sign in self.signs:
+                evaluator.check_step(name, where, sign * self.mu)
+
+    def _empty_grads(self, selected: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(self.model.get_parameter(name), requires_grad=False) for name in selected}
+
+    # --- the transaction
 
     def _work(self, batch: Any, mask: Mask | None) -> tuple[Prepared, dict[str, Tensor], int]:
         selected = self.engine.selected(mask)
-        queries = self._count(selected)
+        queries = 1 + len(self.signs) * self.moves(selected)
         self._spend(queries)
         with self.engine.prepared(batch) as ready:
-            return ready, self._gradients(ready, selected), queries
-
-    def _done(self, queries: int) -> None:
-        """Count what an estimate that came through has spent."""
-        self.queries += queries
+            return ready, self.gradients(ready.evaluator, selected), queries
 
     def estimate(self, batch: Any, mask: Mask | None = None) -> Estimate:
         ready, grads, queries = self._work(batch, mask)
@@ -93,17 +170,9 @@ class EngineEstimator(Estimator):
     def backward(self, batch: Any, mask: Mask | None = None) -> StepResult:
         ready, grads, queries = self._work(batch, mask)
         with uninterrupted():
-            self._remember(grads)
+            self.remember(grads)
             write_buffers(self.model, ready.buffers)
             set_random_state(ready.random)
             accumulate(self.model, grads)
             self._done(queries)
         return StepResult(ready.loss, queries)
-
-    def _check_steps(self, ready: Prepared, selected: dict[str, Tensor]) -> None:
-        for name, where in selected.items():
-            for sign in self.signs:
-                ready.evaluator.check_step(name, where, sign * self.mu)
-
-    def _empty_grads(self, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(self.model.get_parameter(name), requires_grad=False) for name in selected}

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..engine import Prepared
 from ..errors import MaskError, did_you_mean
+from ..evaluator import Evaluator
 from ..objective import Mask, Objective, selected
-from .cge import CGE
-from .engine_estimator import EngineEstimator
+from .options import RandomOptions
 from .rge import RGE
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class HybridGE(EngineEstimator):
+
+class HybridGE(RGE):
     """CGE on the chosen coordinates, RGE on the others: the reduction of queries that the paper leaves to future work.
 
     g_i = (L(w + mu e_i) - L(w)) / mu                            for the chosen coordinates i
@@ -28,10 +30,9 @@ class HybridGE(EngineEstimator):
     the base loss; a mask that leaves one part empty makes no query for it.
 
     coordinates  names or patterns of parameters ("*.bias", "layers.0.*"), or a mask, for CGE
-    queries, distribution, seed  of the directions, as in :class:`RGE`
 
     Raises MaskError for a pattern that no trainable parameter matches, and where CGE or RGE would have nothing to do.
-    Other arguments and errors as in :class:`EngineEstimator`.
+    Other arguments and errors as in :class:`RGE`.
     """
 
     def __init__(
@@ -40,63 +41,35 @@ class HybridGE(EngineEstimator):
         objective: Objective,
         *,
         coordinates: str | Sequence[str] | Mask = "*bias",
-        queries: int = 192,
-        distribution: str = "gaussian",
-        mu: float = 5e-3,
-        scheme: str = "forward",
-        seed: int = 0,
-        precision: str = "float32",
-        block: int | None = None,
-        strict: bool = False,
-        budget: int | None = None,
+        **options: Unpack[RandomOptions],
     ) -> None:
-        super().__init__(
-            model, objective, mu=mu, scheme=scheme, precision=precision, block=block, strict=strict, budget=budget
-        )
-        self.cge = CGE(model, objective, mu=mu, scheme=scheme, precision=precision)
-        self.rge = RGE(
-            model,
-            objective,
-            queries=queries,
-            distribution=distribution,
-            mu=mu,
-            scheme=scheme,
-            seed=seed,
-            precision=precision,
-        )
-        self.cge.engine = self.rge.engine = self.engine
+        super().__init__(model, objective, **options)
         self.coordinates = _chosen(model, coordinates)
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"estimates": self.rge.estimates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.rge.estimates = int(state["estimates"])
-
-    def _done(self, queries: int) -> None:
-        super()._done(queries)
-        self.rge.estimates += 1
-
-    def _parts(self, chosen: dict[str, Tensor]) -> list[tuple[EngineEstimator, dict[str, Tensor]]]:
-        """Each estimator with its own coordinates, where it has any."""
-        ours, others = {}, {}
-        for name, where in chosen.items():
+    def _parts(self, selected: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The chosen coordinates of a selection, and the others; a parameter without any is left out."""
+        chosen, others = {}, {}
+        for name, where in selected.items():
             inside = torch.zeros(len(where), dtype=torch.bool, device=where.device)
             if name in self.coordinates:
                 inside = self.coordinates[name].to(where.device)[tuple(where.unbind(1))].reshape(-1)
-            ours[name], others[name] = where[inside], where[~inside]
-        parts: list[tuple[EngineEstimator, dict[str, Tensor]]] = [(self.cge, ours), (self.rge, others)]
-        kept = [(part, {name: where for name, where in mine.items() if len(where)}) for part, mine in parts]
-        return [(part, mine) for part, mine in kept if mine]
+            if bool(inside.any()):
+                chosen[name] = where[inside]
+            if not bool(inside.all()):
+                others[name] = where[~inside]
+        return chosen, others
 
-    def _count(self, chosen: dict[str, Tensor]) -> int:
-        return 1 + sum(part._count(mine) - 1 for part, mine in self._parts(chosen))
+    def moves(self, selected: dict[str, Tensor]) -> int:
+        chosen, others = self._parts(selected)
+        return sum(map(len, chosen.values())) + (super().moves(others) if others else 0)
 
-    def _gradients(self, ready: Prepared, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
-        grads = self._empty_grads(chosen)
-        for part, mine in self._parts(chosen):
-            for name, grad in part._gradients(ready, mine).items():
+    def gradients(self, evaluator: Evaluator, selected: dict[str, Tensor]) -> dict[str, Tensor]:
+        chosen, others = self._parts(selected)
+        exact = self.along_coordinates(evaluator, chosen)
+        random = super().gradients(evaluator, others) if others else {}
+        grads = self._empty_grads(selected)
+        for part in (exact, random):
+            for name, grad in part.items():
                 grads[name] += grad  # zero outside of the part
         return grads
 

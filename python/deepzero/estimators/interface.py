@@ -44,13 +44,15 @@ class StepResult:
 class Estimator(ABC):
     """Estimates the gradient of ``objective(model, batch)`` with respect to the model's parameters.
 
-    queries  total spent by this estimator so far
-    budget   most queries this estimator may spend in all, or None; checked before an estimate starts, never overshot
+    queries    total spent by this estimator so far
+    estimates  how many it has made; random directions follow from it and a seed
+    budget     most queries this estimator may spend in all, or None; checked before an estimate starts, never overshot
     """
 
     model: nn.Module
     objective: Objective
     queries: int
+    estimates: int = 0
     budget: int | None
 
     @abstractmethod
@@ -63,10 +65,16 @@ class Estimator(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors only, so that a checkpoint loads without executing code."""
-        return {"queries": self.queries}
+        return {"queries": self.queries, "estimates": self.estimates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.queries = int(state["queries"])
+        self.estimates = int(state.get("estimates", 0))  # older states have it where directions are drawn
+
+    def _done(self, queries: int) -> None:
+        """Count an estimate that came through."""
+        self.queries += queries
+        self.estimates += 1
 
     def _spend(self, queries: int) -> None:
         """Raise before any work when ``queries`` more would exceed the budget."""

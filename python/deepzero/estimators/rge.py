@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from ..engine import Prepared
-from ..evaluator import quotient
-from ..execute.pieces import in_pieces
-from ..objective import Objective, check_finite
+from ..evaluator import Evaluator
+from ..objective import Objective
 from .directions import Directions
 from .engine_estimator import EngineEstimator
+from .options import Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class RGE(EngineEstimator):
@@ -42,71 +41,15 @@ class RGE(EngineEstimator):
         *,
         queries: int = 192,
         distribution: str = "gaussian",
-        mu: float = 5e-3,
-        scheme: str = "forward",
         seed: int = 0,
-        precision: str = "float32",
-        block: int | None = None,
-        strict: bool = False,
-        budget: int | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            model, objective, mu=mu, scheme=scheme, precision=precision, block=block, strict=strict, budget=budget
-        )
+        super().__init__(model, objective, **options)
         self.directions = Directions(queries, distribution, seed)
-        self.estimates = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"estimates": self.estimates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.estimates = int(state["estimates"])
-
-    def _done(self, queries: int) -> None:
-        super()._done(queries)
-        self.estimates += 1
-
-    def _count(self, selected: dict[str, Tensor]) -> int:
+    def moves(self, selected: dict[str, Tensor]) -> int:
         self.directions.check(sum(map(len, selected.values())))
-        return 1 + len(self.signs) * self.directions.count
+        return self.directions.count
 
-    def _gradients(self, ready: Prepared, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-        device = self.model.get_parameter(next(iter(selected))).device
-        sizes = [len(where) for where in selected.values()]
-        total = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        evaluator = ready.evaluator
-        self._check_steps(ready, selected)
-        block = evaluator.directions_at_once(list(selected), self.directions.count)
-        drawn = self.directions.draw(len(total), self.estimates)
-        while rows := list(itertools.islice(drawn, block)):
-            u = torch.stack(rows).to(device)
-
-            def slopes(start: int, stop: int, u: Tensor = u) -> Tensor:
-                moves = (self._steps(selected, u[start:stop], sign * self.mu) for sign in self.signs)
-                return quotient([evaluator.along(moved) for moved in moves], self.mu)
-
-            slope, block = in_pieces(len(u), block, slopes, "blocks of random directions")
-            if not bool(slope.isfinite().all()):
-                check_finite(float("nan"), f"along a random direction with mu={self.mu:g}")
-            total += slope @ u.double()
-        total /= self.directions.count
-        grads = self._empty_grads(selected)
-        for (name, where), part in zip(selected.items(), total.split(sizes), strict=True):
-            grads[name][tuple(where.unbind(1))] = part.to(grads[name].dtype)
-        return grads
-
-    def _steps(self, selected: dict[str, Tensor], u: Tensor, step: float) -> dict[str, Tensor]:
-        """Parameter name -> step u [P, *shape] in the dtype of queries, for directions u [P, d] of the selection."""
-        parts = u.split([len(where) for where in selected.values()], dim=1)
-        moved = {}
-        for (name, where), part in zip(selected.items(), parts, strict=True):
-            shape = self.model.get_parameter(name).shape
-            steps = (step * part).to(self.engine.dtype)
-            if len(where) == shape.numel():  # every coordinate, in order
-                moved[name] = steps.reshape(len(u), *shape)
-                continue
-            moved[name] = torch.zeros((len(u), *shape), dtype=self.engine.dtype, device=u.device)
-            at: Any = (slice(None), *where.unbind(1))
-            moved[name][at] = steps
-        return moved
+    def gradients(self, evaluator: Evaluator, selected: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.along_directions(evaluator, selected, self.directions, self.estimates)

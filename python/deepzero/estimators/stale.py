@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..engine import Prepared
 from ..errors import CheckpointError
+from ..evaluator import Evaluator
 from ..objective import Objective
 from .cge import CGE
+from .options import Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class StaleGE(CGE):
@@ -36,16 +40,9 @@ class StaleGE(CGE):
         objective: Objective,
         *,
         decay: float = 1.0,
-        mu: float = 5e-3,
-        scheme: str = "forward",
-        precision: str = "float32",
-        block: int | None = None,
-        strict: bool = False,
-        budget: int | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            model, objective, mu=mu, scheme=scheme, precision=precision, block=block, strict=strict, budget=budget
-        )
+        super().__init__(model, objective, **options)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be between 0 (forget at once) and 1 (never), got {decay!r}")
         self.decay = float(decay)
@@ -67,8 +64,8 @@ class StaleGE(CGE):
         super().load_state_dict(state)
         self.buffer = {name: value.to(parameters[name].device, copy=True) for name, value in state["buffer"].items()}
 
-    def _gradients(self, ready: Prepared, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-        fresh = super()._gradients(ready, selected)
+    def gradients(self, evaluator: Evaluator, selected: dict[str, Tensor]) -> dict[str, Tensor]:
+        fresh = super().gradients(evaluator, selected)
         grads = {}
         for name, parameter in self.model.named_parameters():
             if name in self.buffer and parameter.requires_grad:
@@ -80,5 +77,5 @@ class StaleGE(CGE):
                 grads[name] = fresh[name]
         return grads
 
-    def _remember(self, grads: dict[str, Tensor]) -> None:
+    def remember(self, grads: dict[str, Tensor]) -> None:
         self.buffer = {name: grad.clone() for name, grad in grads.items()}

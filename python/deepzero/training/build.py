@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import data
-from ..baselines import Backprop, ForwardGE, PlainLoop
+from ..baselines import BASELINES
 from ..data import ImageData, Loader
 from ..errors import ConfigError, MaskError
-from ..estimators import CGE, RGE, Estimator, HybridGE, Objective, StaleGE
+from ..estimators import CGE, ESTIMATORS, Estimator, Objective
 from ..models import MODELS
 from ..objective import selected
 from ..sparsity import prune
@@ -39,15 +39,6 @@ from .policies import (
 from .schedule import warmup_cosine
 from .trainer import Callback, Trainer
 
-ESTIMATORS: dict[str, Callable[..., Estimator]] = {
-    "cge": CGE,
-    "rge": RGE,
-    "hybrid": HybridGE,
-    "stale": StaleGE,
-    "forward-gradient": ForwardGE,
-    "plain-loop": PlainLoop,
-    "backprop": Backprop,
-}
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     name: kind
     for name, kind in vars(torch.optim).items()
@@ -78,7 +69,7 @@ def build_model(config: Config, images: ImageData) -> nn.Module:
 def build_estimator(config: Config, model: nn.Module, objective: Objective = classification_loss) -> Estimator:
     """The configured estimator; raises ConfigError for unknown options and values that it refuses."""
     section = config.estimator
-    factory = chosen("estimator", section.name, ESTIMATORS)
+    factory = chosen("estimator", section.name, ESTIMATORS | BASELINES)
     reserved = ("model", "objective", "budget")
     options = checked_options("estimator", section.name, factory, section.options, reserved=reserved)
     found = made("estimator", section.name, factory, model, objective, budget=section.budget, **options)
