@@ -69,25 +69,24 @@ def geometry(op: str, stride: Pair, padding: Pair, dilation: Pair) -> tuple[Size
     return pair(op, "stride", stride, 1), pair(op, "padding", padding, 0), pair(op, "dilation", dilation, 1)
 
 
-def output_size(
-    op: str,
-    height: int,
-    width: int,
-    kernel: Size,
-    stride: Size,
-    padding: Size,
-    dilation: Size,
-) -> Size:
-    size = tuple(
+def output_size(height: int, width: int, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
+    """Height and width of what a convolution gives; less than 1 where the kernel is larger than the padded input."""
+    rows, columns = (
         (length + 2 * p - d * (k - 1) - 1) // s + 1
         for length, k, s, p, d in zip((height, width), kernel, stride, padding, dilation, strict=True)
     )
+    return rows, columns
+
+
+def fits(op: str, height: int, width: int, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
+    """output_size, or ValueError where the kernel is larger than the padded input."""
+    size = output_size(height, width, kernel, stride, padding, dilation)
     if min(size) < 1:
         raise ValueError(
             f"dz::{op}: kernel must be at most the padded input [{height + 2 * padding[0]}, {width + 2 * padding[1]}], "
             f"got {list(kernel)} with dilation {list(dilation)}"
         )
-    return size[0], size[1]
+    return size
 
 
 def float_dtype(op: str, name: str, dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:

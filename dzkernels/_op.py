@@ -107,7 +107,7 @@ def _dtypes(arg: Arg, lead: torch.dtype) -> Dtypes:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of one backend, started by dzkernels/<backend>/<op>.py. All of them take float32.
+    """A kernel of one backend, started by run() of dzkernels/<backend>/<op>.py. All of them take float32.
 
     dtypes        it takes beyond float32
     on_request    runs only where its backend is asked for by name: PyTorch's own op may be as fast, and no GPU has
@@ -125,11 +125,16 @@ class Kernel:
     result: str = ""
 
 
+def op_of(module: str) -> str:
+    """The op that a module is about, by the module's __name__: its file is called after the op."""
+    return module.rpartition(".")[2]
+
+
 class Op:
     """An op: its tensors, and its kernels beside the reference by the name of their backend."""
 
     def __init__(self, module: str, *args: Arg, **kernels: Kernel) -> None:
-        self.name = module.rpartition(".")[2]
+        self.name = op_of(module)
         self.args = args
         self.kernels = kernels
         self._shapes = sorted(enumerate(map(_Shape, args)), key=lambda numbered: numbered[1].rank)

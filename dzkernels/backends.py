@@ -199,11 +199,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, *, fused: bool = F
 
 @functools.cache
 def implementation(backend: str, op: str) -> Callable[..., Any]:
-    """The function `op` of dzkernels/<backend>/<op>.py, or what starts a C++ kernel without one."""
+    """run() of dzkernels/<backend>/<op>.py, or what starts a C++ kernel without such a file."""
     kernel = declared_kernel(backend, op)
     if kernel is not None and kernel.result:
         return importlib.import_module("dzkernels.cpu").direct(op)
-    return getattr(importlib.import_module(f"dzkernels.{backend}.{op}"), op)
+    return importlib.import_module(f"dzkernels.{backend}.{op}").run
 
 
 def run(op: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .._load import kernel
 from .._norm import RowNorm
-from .._op import DECLARED
+from .._op import DECLARED, op_of
 
 
-def launch(op: str, *args: Tensor | int | float | None) -> None:
-    """Call the kernel of csrc/cpu/<op>.cpp with the addresses of tensors (None: null) and numbers, as it says there."""
-    kernel(op)(*args)
+def launch(module: str, *args: Tensor | int | float | None) -> None:
+    """Call the kernel of csrc/cpu/<op>.cpp with the addresses of tensors (None: null) and numbers, as it says there.
+    `module` is the __name__ of the file <op>.py that calls."""
+    kernel(op_of(module))(*args)
 
 
 def direct(op: str) -> Callable[..., Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import is_half, kernel_dtype, launch
 
 
-def attention_difference(
+def run(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Tensor, *,
     scale: float, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -18,7 +18,7 @@ def attention_difference(
     rows, width = q.shape[-2], v.shape[-1]
     out = torch.empty(given.shape[0], samples, rows, heads, width, dtype=kernel_dtype(out_dtype), device="cpu")
     launch(
-        "attention_difference", *operands, p, out, strides, scale, given.shape[0], samples, heads, rows, k.shape[-2],
+        __name__, *operands, p, out, strides, scale, given.shape[0], samples, heads, rows, k.shape[-2],
         q.shape[-1], width, is_half(given), is_half(out),
     )  # fmt: skip
     out = out.to(out_dtype)

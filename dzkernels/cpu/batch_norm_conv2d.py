@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._norm import moments as moments_of
-from .dense_batch_norm import dense_batch_norm
+from . import dense_batch_norm
 
 Size = tuple[int, int]
 
 
-def batch_norm_conv2d(
+def run(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, weight: Tensor, *, eps: float, training: bool,
     residual: Tensor | None, residual_channel: Tensor | None, y: Tensor | None, moments: Tensor | None, stride: Size,
     padding: Size, dilation: Size, next_zc: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    moved = dense_batch_norm(
+    moved = dense_batch_norm.run(
         delta, zc, var, gamma, eps=eps, training=training, residual=residual, residual_channel=residual_channel, y=y,
         pool=1, gap=None, out_dtype=weight.dtype, moments=moments,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import launch
 
 
-def channel_batch_norm(
+def run(
     delta: Tensor, channel: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool,
     y: Tensor | None, pool: int, gap: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -16,7 +16,7 @@ def channel_batch_norm(
     out = torch.empty(perturbations, samples, height // pool, width // pool, dtype=torch.float32, device="cpu")
     none = (0, 0, 0, 0)
     launch(
-        "channel_batch_norm", delta, channel, x, mean, var, gamma, y, gap, out, eps, *delta.shape, *x.stride(),
+        __name__, delta, channel, x, mean, var, gamma, y, gap, out, eps, *delta.shape, *x.stride(),
         *(y.stride() if y is not None else none), *(gap.stride() if gap is not None else none), pool, training,
     )  # fmt: skip
     return out

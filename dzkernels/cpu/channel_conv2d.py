@@ -9,17 +9,17 @@ from . import is_half, kernel_dtype, launch
 Size = tuple[int, int]
 
 
-def channel_conv2d(
+def run(
     delta: Tensor, channel: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     perturbations, samples, height, width = delta.shape
     channels, per_group, kernel_h, kernel_w = weight.shape
-    rows, columns = output_size("channel_conv2d", height, width, (kernel_h, kernel_w), stride, padding, dilation)
+    rows, columns = output_size(height, width, (kernel_h, kernel_w), stride, padding, dilation)
     delta, channel = delta.contiguous(), channel.contiguous()
     out = torch.empty(perturbations, samples, rows, columns, channels, dtype=kernel_dtype(out_dtype), device="cpu")
     launch(
-        "channel_conv2d", delta, channel, weight, out, perturbations, samples, height, width, rows, columns, channels,
+        __name__, delta, channel, weight, out, perturbations, samples, height, width, rows, columns, channels,
         kernel_h, kernel_w, *weight.stride(), *stride, *padding, *dilation, per_group, channels // groups, is_half(out),
     )  # fmt: skip
     return out.to(out_dtype).permute(0, 1, 4, 2, 3)

@@ -8,7 +8,7 @@ from . import is_half, kernel_dtype, launch
 Size = tuple[int, int]
 
 
-def channel_conv2d_batch_norm(
+def run(
     delta: Tensor, channel: Tensor, weight: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, *,
     stride: Size, padding: Size, dilation: Size, eps: float, training: bool, relu: bool, pool: int, mean: bool,
     out_dtype: torch.dtype,
@@ -21,7 +21,7 @@ def channel_conv2d_batch_norm(
     size = () if mean else (rows // pool, columns // pool)
     out = torch.empty(perturbations, samples, *size, outs, dtype=kernel_dtype(out_dtype), device="cpu")
     launch(
-        "channel_conv2d_batch_norm", delta, channel, weight, zc, var, gamma, beta, out, eps, perturbations, samples,
+        __name__, delta, channel, weight, zc, var, gamma, beta, out, eps, perturbations, samples,
         height, width, rows, columns, *weight.shape[1::-1], *weight.shape[2:], *stride, *padding, *dilation, pool,
         training, relu, mean, is_half(out),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from . import launch
 Size = tuple[int, int]
 
 
-def conv2d_tap_batch_norm(
+def run(
     x: Tensor, coord: Tensor, step: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, *, kernel: Size,
     stride: Size, padding: Size, dilation: Size, groups: int, eps: float, training: bool, relu: bool, pool: int,
 ) -> Tensor:  # fmt: skip
@@ -18,7 +18,7 @@ def conv2d_tap_batch_norm(
     var, gamma, beta = var.contiguous(), gamma.contiguous(), beta.contiguous()
     out = torch.empty(coord.shape[0], samples, rows // pool, columns // pool, dtype=torch.float32, device="cpu")
     launch(
-        "conv2d_tap_batch_norm", x, coord, step, zc, var, gamma, beta, out, eps, coord.shape[0], samples, *x.shape[2:],
+        __name__, x, coord, step, zc, var, gamma, beta, out, eps, coord.shape[0], samples, *x.shape[2:],
         rows, columns, *stride, *padding, *dilation, x.shape[0] // groups, outs // groups, pool, training, relu,
     )  # fmt: skip
     return out

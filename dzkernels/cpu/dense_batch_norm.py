@@ -6,7 +6,7 @@ from torch import Tensor
 from . import is_half, kernel_dtype, launch
 
 
-def dense_batch_norm(
+def run(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool, residual: Tensor | None,
     residual_channel: Tensor | None, y: Tensor | None, pool: int, gap: Tensor | None, out_dtype: torch.dtype,
     moments: Tensor | None,
@@ -24,7 +24,7 @@ def dense_batch_norm(
         perturbations, samples, height // pool, width // pool, channels, dtype=kernel_dtype(out_dtype), device="cpu"
     )
     launch(
-        "dense_batch_norm", delta, zc, var, gamma, residual, residual_channel, y, gap, out, eps, *delta.shape, pool,
+        __name__, delta, zc, var, gamma, residual, residual_channel, y, gap, out, eps, *delta.shape, pool,
         training, is_half(delta), is_half(residual), is_half(out),
     )  # fmt: skip
     return out.to(out_dtype).permute(0, 1, 4, 2, 3)

@@ -5,28 +5,28 @@ from torch import Tensor
 
 from .._check import output_size
 from .._norm import moments
-from ..reference.dense_conv2d import dense_conv2d as by_torch
+from ..reference import dense_conv2d as by_torch
 from . import launch
 
 Size = tuple[int, int]
 
 
-def dense_conv2d(
+def run(
     delta: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
     next_zc: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     count, samples, channels, height, width = delta.shape
     outs, _, *kernel = weight.shape
     plain = kernel == [3, 3] and stride == dilation == (1, 1) and groups == 1
-    rows, columns = output_size("dense_conv2d", height, width, (kernel[0], kernel[1]), stride, padding, dilation)
+    rows, columns = output_size(height, width, (kernel[0], kernel[1]), stride, padding, dilation)
     if not (plain and delta.dtype is torch.float32 and _winograd_pays(channels, outs, rows, columns)):
-        return by_torch(
+        return by_torch.run(
             delta, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, next_zc=next_zc
         )
     images = delta.permute(0, 1, 3, 4, 2).contiguous()
     weight = weight.contiguous()
     out = torch.empty(count, samples, rows, columns, outs, dtype=torch.float32, device="cpu")
-    launch("dense_conv2d", images, weight, out, count * samples, height, width, channels, rows, columns, outs, *padding)
+    launch(__name__, images, weight, out, count * samples, height, width, channels, rows, columns, outs, *padding)
     result = out.permute(0, 1, 4, 2, 3)
     return result if next_zc is None else (result, moments(result, next_zc))
 

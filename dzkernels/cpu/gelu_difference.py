@@ -6,11 +6,11 @@ from torch import Tensor
 from . import is_half, kernel_dtype, launch
 
 
-def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str, out_dtype: torch.dtype) -> Tensor:
+def run(delta: Tensor, z: Tensor, *, approximate: str, out_dtype: torch.dtype) -> Tensor:
     delta, z = delta.contiguous(), z.contiguous()
     out = torch.empty(delta.shape, dtype=kernel_dtype(out_dtype), device="cpu")
     launch(
-        "gelu_difference", delta, z, out, delta.shape[0], z.numel(), approximate == "tanh", delta.dtype ==
+        __name__, delta, z, out, delta.shape[0], z.numel(), approximate == "tanh", delta.dtype ==
         torch.bfloat16, is_half(out),
     )  # fmt: skip
     return out.to(out_dtype)

@@ -7,7 +7,7 @@ from .._norm import RowNorm
 from . import is_half, kernel_dtype, launch, row_norm
 
 
-def linear_difference(
+def run(
     delta: Tensor, weight: Tensor, residual: Tensor | None, norm: RowNorm | None, *,
     operands: torch.dtype, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -16,7 +16,7 @@ def linear_difference(
     *base, eps = row_norm(norm)
     out = torch.empty(*delta.shape[:2], len(weight), dtype=kernel_dtype(out_dtype), device="cpu")
     launch(
-        "linear_difference", delta, *base, weight, residual, out, eps, *delta.shape, len(weight),
+        __name__, delta, *base, weight, residual, out, eps, *delta.shape, len(weight),
         is_half(delta), is_half(residual), is_half(out), operands == torch.bfloat16,
     )  # fmt: skip
     return out.to(out_dtype)

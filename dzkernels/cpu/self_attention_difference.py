@@ -7,7 +7,7 @@ from .._norm import RowNorm
 from . import is_half, kernel_dtype, launch, row_norm
 
 
-def self_attention_difference(
+def run(
     delta: Tensor, weight: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, project: Tensor,
     residual: Tensor | None, norm: RowNorm | None, *, scale: float, operands: torch.dtype, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -16,7 +16,7 @@ def self_attention_difference(
     *known, eps = row_norm(norm)
     out = torch.empty(*delta.shape[:2], len(project), dtype=kernel_dtype(out_dtype), device="cpu")
     launch(
-        "self_attention_difference", delta, *known, *base, residual, out, eps, scale, len(delta), *q.shape, v.shape[3],
+        __name__, delta, *known, *base, residual, out, eps, scale, len(delta), *q.shape, v.shape[3],
         delta.shape[2], len(project), is_half(delta), is_half(residual), is_half(out), operands == torch.bfloat16,
     )  # fmt: skip
     return out.to(out_dtype)

@@ -9,16 +9,16 @@ from . import launch
 Size = tuple[int, int]
 
 
-def conv2d_tap(
+def run(
     x: Tensor, coord: Tensor, step: Tensor, *, kernel: Size, stride: Size, padding: Size, dilation: Size, groups: int,
     out_channels: int,
 ) -> Tensor:  # fmt: skip
     samples, channels, height, width = x.shape
-    rows, columns = output_size("conv2d_tap", height, width, kernel, stride, padding, dilation)
+    rows, columns = output_size(height, width, kernel, stride, padding, dilation)
     coord, step = coord.contiguous(), step.contiguous()
     out = torch.empty(coord.shape[0], samples, rows, columns, dtype=torch.float32, device=x.device)
     launch(
-        "conv2d_tap", x, coord, step, out,
+        __name__, x, coord, step, out,
         coord.shape[0], samples, height, width, rows, columns, *x.stride(),
         *stride, *padding, *dilation, channels // groups, out_channels // groups,
     )  # fmt: skip

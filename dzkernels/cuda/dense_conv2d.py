@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from .._check import dtype_name, output_size
-from .._load import BackendError
 from .._norm import moments
-from . import launch
+from . import launch, refused
 
 Size = tuple[int, int]
 
@@ -14,20 +13,20 @@ _MOST = 512
 """Bytes of a pixel: with more, the weights of 16 output channels do not fit into the shared memory of every GPU."""
 
 
-def dense_conv2d(
+def run(
     delta: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
     next_zc: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     reason = _refusal(delta, weight, stride, dilation, groups)
     if reason is not None:
-        raise BackendError(f"dz::dense_conv2d: backend 'cuda' was requested but {reason}")
+        raise refused(__name__, reason)
     count, samples, channels, height, width = delta.shape
-    rows, columns = output_size("dense_conv2d", height, width, (3, 3), stride, padding, dilation)
+    rows, columns = output_size(height, width, (3, 3), stride, padding, dilation)
     outs = weight.shape[0]
     images, weight = _aligned(delta.permute(0, 1, 3, 4, 2)), _aligned(weight.permute(0, 2, 3, 1))
     out = torch.empty(count, samples, rows, columns, outs, dtype=delta.dtype, device=delta.device)
     launch(
-        "dense_conv2d", images, weight, out, int(delta.dtype is torch.bfloat16),
+        __name__, images, weight, out, int(delta.dtype is torch.bfloat16),
         count * samples, height, width, channels, rows, columns, outs, *stride, *padding,
     )  # fmt: skip
     result = out.permute(0, 1, 4, 2, 3)

@@ -61,7 +61,7 @@ def groups_of(op: str, sizes: Sizes, groups: int) -> None:
 def output_size(op: str, sizes: Sizes, stride: Size, padding: Size, dilation: Size, **after: Tensor | None) -> None:
     """Ho and Wo among the sizes; a tensor `after` the convolution must have them."""
     kernel = (sizes["kh"], sizes["kw"])
-    sizes["Ho"], sizes["Wo"] = check.output_size(op, sizes["H"], sizes["W"], kernel, stride, padding, dilation)
+    sizes["Ho"], sizes["Wo"] = check.fits(op, sizes["H"], sizes["W"], kernel, stride, padding, dilation)
     for name, tensor in after.items():
         if tensor is not None:
             check.of_shape(op, name, tensor, [sizes[dim] for dim in ("N", "O", "Ho", "Wo")], "[N, O, Ho, Wo]")

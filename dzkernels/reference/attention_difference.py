@@ -3,10 +3,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .softmax_difference import softmax_difference
+from . import softmax_difference
 
 
-def attention_difference(
+def run(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Tensor, *,
     scale: float, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -19,7 +19,8 @@ def attention_difference(
     if scores:
         moved = scale * sum(scores[1:], scores[0])
         rows = (p.shape[:-1].numel(), p.shape[-1])
-        change = softmax_difference(moved.reshape(len(moved), *rows), probs.reshape(rows), log=False).view(moved.shape)
+        flat = softmax_difference.run(moved.reshape(len(moved), *rows), probs.reshape(rows), log=False)
+        change = flat.view(moved.shape)
         out.append(change @ v.double())
         probs = probs + change
     if dv is not None:

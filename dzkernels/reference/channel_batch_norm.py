@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def channel_batch_norm(
+def run(
     delta: Tensor, channel: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool,
     y: Tensor | None, pool: int, gap: Tensor | None,
 ) -> Tensor:  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 Size = tuple[int, int]
 
 
-def channel_conv2d(
+def run(
     delta: Tensor, channel: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip

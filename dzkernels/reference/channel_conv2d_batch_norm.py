@@ -5,23 +5,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._norm import before_relu, window_gap
-from .channel_conv2d import channel_conv2d
-from .dense_batch_norm import dense_batch_norm
+from . import channel_conv2d, dense_batch_norm
 
 Size = tuple[int, int]
 
 
-def channel_conv2d_batch_norm(
+def run(
     delta: Tensor, channel: Tensor, weight: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, *,
     stride: Size, padding: Size, dilation: Size, eps: float, training: bool, relu: bool, pool: int, mean: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    moved = channel_conv2d(
+    moved = channel_conv2d.run(
         delta, channel, weight, stride=stride, padding=padding, dilation=dilation, groups=1, out_dtype=torch.float64
     )
     y = before_relu(zc, var, gamma, beta, eps) if relu else None
     gap = None if y is None or pool == 1 else window_gap(y, F.max_pool2d(y.clamp(min=0), pool), pool)
-    out = dense_batch_norm(
+    out = dense_batch_norm.run(
         moved, zc, var, gamma, eps=eps, training=training, residual=None, residual_channel=None, y=y, pool=pool,
         gap=gap, out_dtype=torch.float64, moments=None,
     )  # fmt: skip

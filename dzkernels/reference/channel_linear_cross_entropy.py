@@ -2,11 +2,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .cross_entropy_difference import cross_entropy_difference
+from . import cross_entropy_difference
 
 
-def channel_linear_cross_entropy(
-    delta: Tensor, channel: Tensor, weight: Tensor, log_probs: Tensor, target: Tensor
-) -> Tensor:
+def run(delta: Tensor, channel: Tensor, weight: Tensor, log_probs: Tensor, target: Tensor) -> Tensor:
     rows = weight.double().t()[channel]  # [P, K]
-    return cross_entropy_difference(log_probs, target, delta.double().unsqueeze(2) * rows.unsqueeze(1))
+    return cross_entropy_difference.run(log_probs, target, delta.double().unsqueeze(2) * rows.unsqueeze(1))

@@ -6,7 +6,7 @@ from torch import Tensor
 Size = tuple[int, int]
 
 
-def conv2d_tap(
+def run(
     x: Tensor, coord: Tensor, step: Tensor, *, kernel: Size, stride: Size, padding: Size, dilation: Size, groups: int,
     out_channels: int,
 ) -> Tensor:  # fmt: skip

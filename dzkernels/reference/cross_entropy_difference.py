@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def cross_entropy_difference(log_probs: Tensor, target: Tensor, dlogits: Tensor) -> Tensor:
+def run(log_probs: Tensor, target: Tensor, dlogits: Tensor) -> Tensor:
     e = dlogits.double()
     e = e - e.gather(2, target.expand(e.shape[0], -1).unsqueeze(2))
     moved = (log_probs.exp() * torch.expm1(e.clamp_max(700.0))).sum(2)

@@ -7,7 +7,7 @@ from torch import Tensor
 from .._norm import moments as moments_of
 
 
-def dense_batch_norm(
+def run(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool, residual: Tensor | None,
     residual_channel: Tensor | None, y: Tensor | None, pool: int, gap: Tensor | None, out_dtype: torch.dtype,
     moments: Tensor | None,

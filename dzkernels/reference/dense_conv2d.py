@@ -9,7 +9,7 @@ from .._norm import moments
 Size = tuple[int, int]
 
 
-def dense_conv2d(
+def run(
     delta: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
     next_zc: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip

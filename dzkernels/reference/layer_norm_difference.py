@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def layer_norm_difference(
+def run(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, *, eps: float, centre: bool, out_dtype: torch.dtype
 ) -> Tensor:
     d, z = delta.double(), zc.double()

@@ -4,16 +4,16 @@ import torch
 from torch import Tensor
 
 from .._norm import RowNorm
-from .layer_norm_difference import layer_norm_difference
+from . import layer_norm_difference
 
 
-def linear_difference(
+def run(
     delta: Tensor, weight: Tensor, residual: Tensor | None, norm: RowNorm | None, *,
     operands: torch.dtype, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     wide = delta.double()
     if norm is not None:
         zc, gamma = norm.zc.double(), None if norm.gamma is None else norm.gamma.double()
-        wide = layer_norm_difference(wide, zc, norm.var, gamma, eps=norm.eps, centre=True, out_dtype=torch.float64)
+        wide = layer_norm_difference.run(wide, zc, norm.var, gamma, eps=norm.eps, centre=True, out_dtype=torch.float64)
     out = wide @ weight.double().T
     return (out if residual is None else residual.double() + out).to(out_dtype)

@@ -4,18 +4,17 @@ import torch
 from torch import Tensor
 
 from .._norm import RowNorm
-from .gelu_difference import gelu_difference
-from .layer_norm_difference import layer_norm_difference
+from . import gelu_difference, layer_norm_difference
 
 
-def mlp_difference(
+def run(
     delta: Tensor, up: Tensor, z: Tensor, down: Tensor, residual: Tensor | None, norm: RowNorm | None, *,
     approximate: str, operands: torch.dtype, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     wide = delta.double()
     if norm is not None:
         zc, gamma = norm.zc.double(), None if norm.gamma is None else norm.gamma.double()
-        wide = layer_norm_difference(wide, zc, norm.var, gamma, eps=norm.eps, centre=True, out_dtype=torch.float64)
+        wide = layer_norm_difference.run(wide, zc, norm.var, gamma, eps=norm.eps, centre=True, out_dtype=torch.float64)
     moved = wide @ up.double().T
-    out = gelu_difference(moved, z.double(), approximate=approximate, out_dtype=torch.float64) @ down.double().T
+    out = gelu_difference.run(moved, z.double(), approximate=approximate, out_dtype=torch.float64) @ down.double().T
     return (out if residual is None else residual.double() + out).to(out_dtype)

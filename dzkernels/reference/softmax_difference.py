@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def softmax_difference(delta: Tensor, p: Tensor, *, log: bool) -> Tensor:
+def run(delta: Tensor, p: Tensor, *, log: bool) -> Tensor:
     probs, impossible = p.double(), p == 0
     d = delta.double()
     counted = d.masked_fill(impossible, 0.0)

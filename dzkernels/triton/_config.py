@@ -15,18 +15,21 @@ from typing import Any
 
 import torch
 
+from .._op import op_of
+
 Config = dict[str, int]  # keyword arguments of the launch: constexpr block sizes, num_warps
 
 _tuned: dict[str, Config] = {}
 
 
-def launch(name: str, shape: Sequence[Any], configs: Sequence[Config], run: Callable[[Config], None]) -> None:
-    """Run with the configuration for kernel `name` at `shape`: all that speed depends on. The first is the default.
+def launch(module: str, shape: Sequence[Any], configs: Sequence[Config], run: Callable[[Config], None]) -> None:
+    """Run with the configuration for the kernel of `module` (a __name__) at `shape`: all that speed depends on. The
+    first is the default.
 
     A launch that is being captured into a CUDA graph is not measured: it takes what was measured before, or the
     default.
     """
-    run(_choose(name, shape, configs, run) if os.environ.get("DZ_TUNE") == "1" else configs[0])
+    run(_choose(op_of(module), shape, configs, run) if os.environ.get("DZ_TUNE") == "1" else configs[0])
 
 
 def _choose(name: str, shape: Sequence[Any], configs: Sequence[Config], run: Callable[[Config], None]) -> Config:

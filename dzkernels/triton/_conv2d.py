@@ -1,4 +1,4 @@
-"""Convolutions of differences as matrix products: dense_conv2d, and batch_norm_conv2d with the norm before it."""
+"""Convolutions of differences as matrix products, with a batch norm before them or none."""
 
 from __future__ import annotations
 
@@ -77,16 +77,16 @@ def _kernel(
 
 
 def convolve(
-    op: str, delta: Tensor, weight: Tensor, next_zc: Tensor | None, *, stride: Size, padding: Size, dilation: Size,
+    module: str, delta: Tensor, weight: Tensor, next_zc: Tensor | None, *, stride: Size, padding: Size, dilation: Size,
     groups: int = 1, norm: dict[str, Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """The convolution of `op`; delta [P, N, H, W, C] contiguous, P and N at least 1.
+    """The convolution of the op of `module`, a __name__; delta [P, N, H, W, C] contiguous, P and N at least 1.
 
     norm  what change_at reads beside delta, and its constants
     """
     perturbations, samples, height, width, channels = delta.shape
     outs, ins_of_group, kernel_h, kernel_w = weight.shape
-    rows, columns = output_size(op, height, width, (kernel_h, kernel_w), stride, padding, dilation)
+    rows, columns = output_size(height, width, (kernel_h, kernel_w), stride, padding, dilation)
     out = torch.empty(perturbations, samples, rows, columns, outs, dtype=weight.dtype, device=delta.device)
     turned = weight.permute(2, 3, 1, 0).contiguous()  # [kh, kw, C, O]
     pixels, results, outs_of_group = samples * height * width, samples * rows * columns, outs // groups
@@ -107,7 +107,7 @@ def convolve(
     inputs = {"zc": None, "coefficients": None, "residual": None, "residual_channel": None, "y": None}
     inputs |= {"TRAINING": False, "RESIDUAL": "none"} | (norm or {})
 
-    def run(config: Config) -> None:
+    def start(config: Config) -> None:
         tiles = triton.cdiv(results, config["PIXELS"])
         _kernel[(perturbations * tiles, groups * strips)](
             delta, weight=turned, next_zc=next_zc, out=out, parts=parts, P=perturbations, R=pixels, C=channels,
@@ -130,6 +130,6 @@ def convolve(
         inputs["RESIDUAL"],
         delta.dtype,
     )
-    launch(op, (*sizes, weight.dtype, next_zc is not None), configs, run)
+    launch(module, (*sizes, weight.dtype, next_zc is not None), configs, start)
     result = out.permute(0, 1, 4, 2, 3)
     return result if parts is None else (result, merged(parts, results, configs[0]["PIXELS"]))

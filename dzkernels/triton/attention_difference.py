@@ -153,7 +153,7 @@ def _kernel(
             _store(to, H * E, total, ~near, t, e, T, E)
 
 
-def attention_difference(
+def run(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Tensor, *,
     scale: float, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip

@@ -8,7 +8,7 @@ from .dense_batch_norm import channels_last, coefficients_of, kind_of_residual
 Size = tuple[int, int]
 
 
-def batch_norm_conv2d(
+def run(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, weight: Tensor, *, eps: float, training: bool,
     residual: Tensor | None, residual_channel: Tensor | None, y: Tensor | None, moments: Tensor | None, stride: Size,
     padding: Size, dilation: Size, next_zc: Tensor | None,
@@ -18,6 +18,6 @@ def batch_norm_conv2d(
     coefficients = coefficients_of(delta, zc, var.contiguous(), gamma.contiguous(), eps, training, moments)
     norm = {"zc": zc, "coefficients": coefficients, "residual": residual, "residual_channel": residual_channel, "y": y}
     return convolve(
-        "batch_norm_conv2d", delta, weight, next_zc, stride=stride, padding=padding, dilation=dilation,
+        __name__, delta, weight, next_zc, stride=stride, padding=padding, dilation=dilation,
         norm=norm | {"TRAINING": training, "RESIDUAL": kind},
     )  # fmt: skip

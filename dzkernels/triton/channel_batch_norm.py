@@ -118,7 +118,7 @@ def _apply(
     tl.store(out + p * Q + q, best, mask=inside)
 
 
-def channel_batch_norm(
+def run(
     delta: Tensor, channel: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool,
     y: Tensor | None, pool: int, gap: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -148,7 +148,7 @@ def channel_batch_norm(
         coefficients = (gamma / (var + eps).sqrt()).float()
     none = (0, 0, 0, 0)
 
-    def run(config: Config) -> None:
+    def start(config: Config) -> None:
         _apply[(perturbations * triton.cdiv(results, config["BLOCK"]),)](
             delta, channel, x, mean, coefficients, y, gap, out, perturbations, size, results, height, width, rows,
             columns, *x.stride(), *(y.stride() if y is not None else none),
@@ -158,5 +158,5 @@ def channel_batch_norm(
 
     block = min(BLOCK, triton.next_power_of_2(results))
     configs = [{"BLOCK": block * k, "num_warps": warps} for k, warps in ((1, 4), (1, 8), (2, 4), (2, 8), (4, 8))]
-    launch("channel_batch_norm", (perturbations, results, pool, planes), configs, run)
+    launch(__name__, (perturbations, results, pool, planes), configs, start)
     return out

@@ -39,19 +39,19 @@ def _kernel(
     tl.store(out + where, total, mask=(pixel < Ho * Wo)[:, None] & (o < channels)[None, :])
 
 
-def channel_conv2d(
+def run(
     delta: Tensor, channel: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     perturbations, samples, height, width = delta.shape
     channels, per_group, kernel_h, kernel_w = weight.shape
-    rows, columns = output_size("channel_conv2d", height, width, (kernel_h, kernel_w), stride, padding, dilation)
+    rows, columns = output_size(height, width, (kernel_h, kernel_w), stride, padding, dilation)
     delta, channel = delta.contiguous(), channel.contiguous()
     inner = out_dtype if out_dtype in (torch.float32, torch.bfloat16) else torch.float32
     out = torch.empty(perturbations, samples, rows, columns, channels, dtype=inner, device=delta.device)
     if out.numel() > 0:
 
-        def run(config: Config) -> None:
+        def start(config: Config) -> None:
             planes, pixels = perturbations * samples, triton.cdiv(rows * columns, config["BLOCK"])
             _kernel[(planes, pixels, triton.cdiv(channels, config["BLOCK_O"]))](
                 delta, channel, weight, out, samples, height, width, rows, columns, channels, *weight.stride(),
@@ -64,5 +64,5 @@ def channel_conv2d(
             for block, block_o, warps in ((64, 64, 4), (128, 32, 4), (128, 64, 8), (256, 16, 4))
         ]
         sizes = (perturbations, samples, rows, columns, channels, kernel_h, kernel_w, delta.dtype, inner)
-        launch("channel_conv2d", sizes, configs, run)
+        launch(__name__, sizes, configs, start)
     return out.to(out_dtype).permute(0, 1, 4, 2, 3)

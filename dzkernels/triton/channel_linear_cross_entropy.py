@@ -5,7 +5,5 @@ from torch import Tensor
 from ._cross_entropy import mean_change
 
 
-def channel_linear_cross_entropy(
-    delta: Tensor, channel: Tensor, weight: Tensor, log_probs: Tensor, target: Tensor
-) -> Tensor:
+def run(delta: Tensor, channel: Tensor, weight: Tensor, log_probs: Tensor, target: Tensor) -> Tensor:
     return mean_change(delta, log_probs, target, channel, weight)

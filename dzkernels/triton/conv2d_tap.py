@@ -31,18 +31,18 @@ def _kernel(
     tl.store(out + plane * Ho * Wo + pixel, tl.where(inside, value, 0.0), mask=pixel < Ho * Wo)
 
 
-def conv2d_tap(
+def run(
     x: Tensor, coord: Tensor, step: Tensor, *, kernel: Size, stride: Size, padding: Size, dilation: Size, groups: int,
     out_channels: int,
 ) -> Tensor:  # fmt: skip
     samples, channels, height, width = x.shape
-    rows, columns = output_size("conv2d_tap", height, width, kernel, stride, padding, dilation)
+    rows, columns = output_size(height, width, kernel, stride, padding, dilation)
     coord, step = coord.contiguous(), step.contiguous()
     out = torch.empty(coord.shape[0], samples, rows, columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
 
-    def run(config: Config) -> None:
+    def start(config: Config) -> None:
         _kernel[(coord.shape[0] * samples, triton.cdiv(rows * columns, config["BLOCK"]))](
             x, coord, step, out, samples, height, width, rows, columns, *x.stride(), channels // groups,
             out_channels // groups, *stride, *padding, *dilation, **config,
@@ -50,5 +50,5 @@ def conv2d_tap(
 
     whole = triton.next_power_of_2(rows * columns)
     configs = [{"BLOCK": min(block, whole), "num_warps": warps} for block, warps in ((1024, 4), (512, 4), (256, 2))]
-    launch("conv2d_tap", (coord.shape[0], *x.shape, rows, columns, x.dtype), configs, run)
+    launch(__name__, (coord.shape[0], *x.shape, rows, columns, x.dtype), configs, start)
     return out

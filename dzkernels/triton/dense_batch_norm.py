@@ -221,7 +221,7 @@ def kind_of_residual(residual: Tensor | None, channel: Tensor | None) -> tuple[s
     return ("dense", residual, None) if channel is None else ("channel", residual, channel.contiguous())
 
 
-def dense_batch_norm(
+def run(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool, residual: Tensor | None,
     residual_channel: Tensor | None, y: Tensor | None, pool: int, gap: Tensor | None, out_dtype: torch.dtype,
     moments: Tensor | None,
@@ -239,7 +239,7 @@ def dense_batch_norm(
         down, strips = TILE // across, triton.cdiv(channels, across)
         coefficients = coefficients_of(delta, zc, var, gamma, eps, training, moments)
 
-        def run(config: Config) -> None:
+        def start(config: Config) -> None:
             _apply[(perturbations * triton.cdiv(results, config["ROWS"]), strips)](
                 delta, zc, coefficients, residual, residual_channel, y, gap, out, perturbations, pixels, channels,
                 results, height, width, rows, columns, TRAINING=training, RESIDUAL=kind, RELU=y is not None, POOL=pool,
@@ -248,7 +248,7 @@ def dense_batch_norm(
 
         configs = [{"ROWS": down * k, "num_warps": warps} for k, warps in ((1, 4), (1, 8), (2, 4), (2, 8), (4, 8))]
         traffic = (perturbations, results, channels, pool, delta.dtype, kind, inner)
-        launch("dense_batch_norm", traffic, configs, run)
+        launch(__name__, traffic, configs, start)
     return out.to(out_dtype).permute(0, 1, 4, 2, 3)
 
 

@@ -8,11 +8,11 @@ from .dense_batch_norm import channels_last
 Size = tuple[int, int]
 
 
-def dense_conv2d(
+def run(
     delta: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
     next_zc: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     return convolve(
-        "dense_conv2d", channels_last(delta), weight, next_zc, stride=stride, padding=padding, dilation=dilation,
+        __name__, channels_last(delta), weight, next_zc, stride=stride, padding=padding, dilation=dilation,
         groups=groups,
     )  # fmt: skip

@@ -116,7 +116,7 @@ def _kernel(
         tl.store(out + where, tl.where(tl.abs(d) > NEAR, far_change(d, z, t, TANH), q * d), mask=held)
 
 
-def gelu_difference(delta: Tensor, z: Tensor, *, approximate: str, out_dtype: torch.dtype) -> Tensor:
+def run(delta: Tensor, z: Tensor, *, approximate: str, out_dtype: torch.dtype) -> Tensor:
     delta, z = delta.contiguous(), z.contiguous()
     out = torch.empty(delta.shape, dtype=out_dtype, device=delta.device)
     if out.numel() > 0:

@@ -50,7 +50,7 @@ def _kernel(
         tl.store(out + row + at, y, mask=(p < P) & (at < M))
 
 
-def layer_norm_difference(
+def run(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, *, eps: float, centre: bool, out_dtype: torch.dtype
 ) -> Tensor:
     weight = None if gamma is None else gamma.float().contiguous()

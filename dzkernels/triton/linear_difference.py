@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._norm import RowNorm
+from . import layer_norm_difference
 from ._config import Config, launch
 from ._linear import (
     add_product,
@@ -18,7 +19,6 @@ from ._linear import (
     parts_of,
     tile_rows,
 )
-from .layer_norm_difference import layer_norm_difference
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _kernel(
         give(out, residual, total, q, inside, o, M)
 
 
-def linear_difference(
+def run(
     delta: Tensor, weight: Tensor, residual: Tensor | None, norm: RowNorm | None, *,
     operands: torch.dtype, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -57,13 +57,13 @@ def linear_difference(
     if out.numel() > 0:
         parts, block = parts_of(width, dtype)
         if norm is not None and parts == 0:
-            delta = layer_norm_difference(delta, *norm[:3], eps=norm.eps, centre=True, out_dtype=dtype)
+            delta = layer_norm_difference.run(delta, *norm[:3], eps=norm.eps, centre=True, out_dtype=dtype)
             norm = None
         delta, weight = delta.contiguous(), weight.to(dtype).contiguous()
         residual = None if residual is None else residual.contiguous()
         fixed = constants(norm, perturbations)
 
-        def run(config: Config) -> None:
+        def start(config: Config) -> None:
             together, across = fixed["TOGETHER"], config["OUTS"]
             tiles = triton.cdiv(perturbations, together) * triton.cdiv(rows, config["ROWS"] // together)
             # Rows that are held go through all columns where they alone keep a large GPU busy.
@@ -82,5 +82,5 @@ def linear_difference(
         if half:
             configs.append({"ROWS": 128, "OUTS": across, "num_warps": 8, "num_stages": 2})
         kinds = (delta.dtype, dtype, out_dtype, norm is not None, None if residual is None else residual.dtype)
-        launch("linear_difference", (perturbations, rows, width, outs, *kinds), configs, run)
+        launch(__name__, (perturbations, rows, width, outs, *kinds), configs, start)
     return out

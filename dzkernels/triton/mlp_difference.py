@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._norm import RowNorm
+from . import gelu_difference, linear_difference
 from ._config import Config, launch
 from ._linear import (
     add_product,
@@ -18,8 +19,7 @@ from ._linear import (
     parts_of,
     tile_rows,
 )
-from .gelu_difference import INV_SQRT_2PI, NEAR, V1, V3, beyond_relu, far_change, gelu_difference, mills
-from .linear_difference import linear_difference
+from .gelu_difference import INV_SQRT_2PI, NEAR, V1, V3, beyond_relu, far_change, mills
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _kernel(
     give(out, residual, total, q, inside, o, M)
 
 
-def mlp_difference(
+def run(
     delta: Tensor, up: Tensor, z: Tensor, down: Tensor, residual: Tensor | None, norm: RowNorm | None, *,
     approximate: str, operands: torch.dtype, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -95,16 +95,16 @@ def mlp_difference(
     hidden, outs, dtype = len(up), len(down), operand_dtype(operands)
     parts, block = parts_of(width, dtype)
     if parts == 0 or parts_of(outs, dtype)[0] == 0:  # rows or sums do not fit: the hidden layer goes through memory
-        inner = linear_difference(delta, up, None, norm, operands=operands, out_dtype=torch.float32)
-        inner = gelu_difference(inner, z, approximate=approximate, out_dtype=dtype)
-        return linear_difference(inner, down, residual, None, operands=operands, out_dtype=out_dtype)
+        inner = linear_difference.run(delta, up, None, norm, operands=operands, out_dtype=torch.float32)
+        inner = gelu_difference.run(inner, z, approximate=approximate, out_dtype=dtype)
+        return linear_difference.run(inner, down, residual, None, operands=operands, out_dtype=out_dtype)
     out = torch.empty(perturbations, rows, outs, dtype=out_dtype, device=delta.device)
     if out.numel() > 0:
         delta, up, z, down = delta.contiguous(), up.to(dtype).contiguous(), z.contiguous(), down.to(dtype).contiguous()
         residual = None if residual is None else residual.contiguous()
         fixed, hidden_block = constants(norm, perturbations), min(32, block_of(hidden))
 
-        def run(config: Config) -> None:
+        def start(config: Config) -> None:
             together = fixed["TOGETHER"]
             tiles = triton.cdiv(perturbations, together) * triton.cdiv(rows, config["ROWS"] // together)
             _kernel[(tiles,)](
@@ -120,5 +120,5 @@ def mlp_difference(
         ]
         kinds = (approximate, delta.dtype, dtype, out_dtype, norm is not None)
         kinds += (None if residual is None else residual.dtype,)
-        launch("mlp_difference", (perturbations, rows, width, hidden, outs, *kinds), configs, run)
+        launch(__name__, (perturbations, rows, width, hidden, outs, *kinds), configs, start)
     return out

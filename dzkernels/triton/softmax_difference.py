@@ -64,5 +64,5 @@ def _kernel(
             tl.store(out + row + at, y, mask=(q < P) & (at < K) & ~near)
 
 
-def softmax_difference(delta: Tensor, p: Tensor, *, log: bool) -> Tensor:
+def run(delta: Tensor, p: Tensor, *, log: bool) -> Tensor:
     return launch_rows(_kernel, delta.contiguous(), p.contiguous(), out_dtype=delta.dtype, LOG=log)

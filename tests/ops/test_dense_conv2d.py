@@ -126,7 +126,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 def run_cuda(delta: Tensor, weight: Tensor, **options: Any) -> Any:
     plain = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "next_zc": None}
-    return by_cuda.dense_conv2d(delta, weight, **(plain | options))
+    return by_cuda.run(delta, weight, **(plain | options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,8 +141,8 @@ def test_what_the_cuda_kernel_is_given(dtype: torch.dtype, layout: str, launched
         delta = holder[1:].view(wanted[0].shape).copy_(wanted[0]).permute(0, 1, 4, 2, 3)
         assert delta.permute(0, 1, 3, 4, 2).is_contiguous()
     out = run_cuda(delta, weight, stride=(2, 1), padding=(0, 3))
-    (op, images, turned, result, *sizes), = launched  # fmt: skip
-    assert op == "dense_conv2d"
+    (module, images, turned, result, *sizes), = launched  # fmt: skip
+    assert module == by_cuda.__name__
     for tensor, same in ((images, wanted[0]), (turned, wanted[1])):
         assert_exact(tensor, same)
         assert tensor.is_contiguous()
