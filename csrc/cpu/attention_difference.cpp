@@ -3,7 +3,7 @@
 namespace dz {
 namespace {
 
-// [.., rows, columns] with its strides along perturbations, samples, heads and rows; columns are neighbours.
+// A tensor [P, N, H, rows, columns] with strides p, n, h, row; columns are contiguous.
 template <typename T>
 struct Operand {
   const T* data;
@@ -31,7 +31,7 @@ void attend(Operand<In> dq, Operand<In> dk, Operand<In> dv, Operand<float> q, Op
   {
     float* keys = scratch.data + omp_get_thread_num() * thread_size;
     float* values = keys + keys_size;
-    int64_t packed = -1;  // the sample and head whose k and v are
+    int64_t packed = -1;  // the (sample, head) whose k and v are packed
 
 #pragma omp for schedule(static)
     for (int64_t piece = 0; piece < N * H * P; ++piece) {
@@ -40,7 +40,7 @@ void attend(Operand<In> dq, Operand<In> dk, Operand<In> dv, Operand<float> q, Op
         packed = b;
         head.pack_base(k.at(0, n, h), k.row, v.at(0, n, h), v.row, keys, values);
       }
-      head.pack_moved(dk.at(at, n, h), dk.row, dv.at(at, n, h), dv.row, keys, values);
+      head.pack_perturbed(dk.at(at, n, h), dk.row, dv.at(at, n, h), dv.row, keys, values);
       head.attend(dq.at(at, n, h), dq.row, q.at(0, n, h), q.row, p + b * T * S, keys, values, scale, keys + packed_size,
                   out + ((at * N + n) * T * H + h) * E, H * E);
     }
@@ -50,8 +50,8 @@ void attend(Operand<In> dq, Operand<In> dk, Operand<In> dv, Operand<float> q, Op
 }  // namespace
 
 DZ_KERNEL(attention_difference, (const void* dq,  // [P, N, H, T, D] float32, or bfloat16 with half; may be null
-                                 const void* dk,  // [P, N, H, S, D]  likewise
-                                 const void* dv,  // [P, N, H, S, E]  likewise
+                                 const void* dk,  // [P, N, H, S, D]  of the same type; may be null
+                                 const void* dv,  // [P, N, H, S, E]  of the same type; may be null
                                  const float* q,  // [N, H, T, D]
                                  const float* k, const float* v,  // [N, H, S, D], [N, H, S, E]
                                  const float* p,                  // [N, H, T, S]

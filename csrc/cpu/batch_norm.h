@@ -1,4 +1,8 @@
-// Batch norm of a difference: the sums that its new statistics need, its coefficients, and the ReLU after it.
+// The change of a batch norm's output: sums for the new statistics, coefficients, ReLU, and the partition for pooling.
+//
+// d is the change of the norm's input, zc the centred base input. Coefficients are named after the formula
+//
+//   dy = scale (d - shift) - (zc_scale zc + offset)
 #pragma once
 
 #include "elementary.h"
@@ -6,8 +10,8 @@
 namespace dz {
 namespace {
 
-// The sums of e = d - shift, e^2 and zc e in each lane. With zc, the centred base input of the norm, they give the mean
-// and the variance of zc + d; a shift near the mean of d keeps them from cancelling.
+// Per-lane sums of e = d - shift, e^2 and zc e. They determine the mean and variance of zc + d. A shift close to the
+// mean of d avoids cancellation.
 struct LaneSums {
   Vec e = {}, e2 = {}, ze = {};
 
@@ -18,7 +22,7 @@ struct LaneSums {
   }
 };
 
-// The same sums over one channel.
+// The same sums over a whole channel.
 struct Moments {
   double e, e2, ze;
 
@@ -28,12 +32,11 @@ struct Moments {
   }
 };
 
-// The part of the old variance below which the new one is taken from the perturbed values themselves: the old one and
-// its change have cancelled, and four bits are gone.
+// When the new variance is below this fraction of the old one, the old variance and its change have cancelled and lost
+// four bits. The new variance is then recomputed from the perturbed values.
 constexpr double kCancelled = 1.0 / 16;
 
-// The change of the norm's output, scale (d - shift) - (zc_scale zc + offset). T is float, or Vec for lanes of
-// channels.
+// Coefficients of dy. T is float for one channel, or Vec for one channel per lane.
 template <typename T>
 struct Coefficients {
   T shift, scale, zc_scale, offset;
@@ -44,13 +47,13 @@ struct Coefficients {
   }
 };
 
-// The coefficients of a norm with constant statistics; before = variance + eps.
+// Coefficients of a norm in evaluation mode (constant statistics); before = variance + eps.
 DZ_INLINE Coefficients<float> evaluation_coefficients(double before, double gamma) {
   return {0.0f, static_cast<float>(gamma / __builtin_sqrt(before)), 0.0f, 0.0f};
 }
 
-// The coefficients of a norm in training, from the moments about `shift` of `size` elements. variance_of(mean_d) is the
-// new variance + eps from the perturbed values themselves.
+// Coefficients of a norm in training mode, from the moments of `size` elements about `shift`. variance_of(mean_d)
+// recomputes the new variance + eps from the perturbed values.
 template <typename Variance>
 Coefficients<float> training_coefficients(const Moments& sums, float shift, int64_t size, double before, double gamma,
                                           Variance variance_of) {
@@ -67,28 +70,28 @@ Coefficients<float> training_coefficients(const Moments& sums, float shift, int6
   return with;
 }
 
-// max(y + dy, 0) - max(y, 0) without subtracting the two: one of the two terms of the sum is 0. NaN stays NaN.
+// max(y + dy, 0) - max(y, 0) without cancellation, as max(min(y, 0) + dy, -max(y, 0)). NaN stays NaN.
 DZ_INLINE Vec relu_change(Vec y, Vec dy) {
   const Vec zero = {};
-  const Vec moved = (y > zero ? zero : y) + dy, least = y > zero ? -y : zero;
-  return moved < least ? least : moved;
+  const Vec change = (y > zero ? zero : y) + dy, bound = y > zero ? -y : zero;
+  return change < bound ? bound : change;
 }
 
-// The maximum of two; NaN stays NaN.
+// The maximum; NaN if either is NaN.
 template <typename V>
-DZ_INLINE V larger(V a, V b) {
+DZ_INLINE V max_of(V a, V b) {
   return (b > a) | (b != b) ? b : a;
 }
 
-DZ_INLINE float larger(float a, float b) { return b > a || b != b ? b : a; }
+DZ_INLINE float max_of(float a, float b) { return b > a || b != b ? b : a; }
 
-// Strips `first` to `last`, which are floats begin .. end - 1; rows that belong to no window may lie among them.
+// Strips first .. last (inclusive): floats begin .. end - 1. Rows that belong to no window may lie in between.
 struct Piece {
   int64_t first, last, begin, end;
 };
 
-// The rows of pooling windows, split into pieces of about `target` floats. Strip q has the `pool` rows of width `line`
-// under row q of the result [N, H / pool].
+// Partition of planes [N, H, line] for pooling. Strip q is the `pool` rows that row q of the result [N, H / pool]
+// reads. A piece is a run of strips with about `target` floats.
 struct Strips {
   Strips(int64_t N, int64_t H, int64_t line_, int64_t pool_, int64_t target)
       : rows(H),
@@ -96,14 +99,14 @@ struct Strips {
         pool(pool_),
         out_rows(H / pool),
         count(N * out_rows),
-        at_once(greater(1, target / (pool * line))),
+        at_once(max_of(1, target / (pool * line))),
         pieces(ceil_div(count, at_once)),
         widest(0) {
-    for (int64_t k = 0; k < pieces; ++k) widest = greater(widest, piece(k).end - piece(k).begin);
+    for (int64_t k = 0; k < pieces; ++k) widest = max_of(widest, piece(k).end - piece(k).begin);
   }
   int64_t start(int64_t strip) const { return (strip / out_rows * rows + strip % out_rows * pool) * line; }
   Piece piece(int64_t k) const {
-    const int64_t first = k * at_once, last = lesser(count, first + at_once) - 1;
+    const int64_t first = k * at_once, last = min_of(count, first + at_once) - 1;
     return {first, last, start(first), start(last) + pool * line};
   }
 

@@ -3,8 +3,7 @@
 namespace dz {
 namespace {
 
-// Sums are taken over blocks of this many elements and the blocks added in order: the result does not depend on which
-// thread took which block.
+// Elements per block of the moments. Blocks are added in order, so the result does not depend on the number of threads.
 constexpr int64_t kBlock = 4096;
 
 // One channel of a [N, C, H, W] tensor.
@@ -21,7 +20,7 @@ struct Plane {
     }
     for (int64_t m = first; m < last;) {
       const int64_t w = m % W, h = m / W % H, n = m / W / H;
-      const int64_t run = lesser(W - w, last - m);
+      const int64_t run = min_of(W - w, last - m);
       const float* row = data + n * sn + h * sh + w * sw;
       for (int64_t i = 0; i < run; ++i) to[m + i] = static_cast<float>(row[i * sw] - shift);
       m += run;
@@ -29,7 +28,8 @@ struct Plane {
   }
 };
 
-// out = dn, through the ReLU with y, plus gap. Without ZC only scale matters.
+// out = the change of the norm's output, after the ReLU with RELU, plus gap with GAP. Without ZC (constant statistics)
+// the change is scale d.
 template <bool ZC, bool RELU, bool GAP>
 void apply(const float* d, const float* zc, const float* y, const float* gap, float* out,
            const Coefficients<float>& with, int64_t size) {
@@ -46,7 +46,7 @@ void apply(const float* d, const float* zc, const float* y, const float* gap, fl
   }
   if (i < size) {
     const int64_t left = size - i;
-    store_first(out + i, step([left](const float* p) { return load_some(p, left); }, i), left);
+    store_first(out + i, step([left](const float* p) { return load_partial(p, left); }, i), left);
   }
 }
 
@@ -62,20 +62,20 @@ Apply apply_for(bool zc, bool relu, bool gap) {
               : (gap ? &apply<false, false, true> : &apply<false, false, false>);
 }
 
-// to[x] = maximum over `pool` rows, for x in first .. width - 1 as far as whole vectors go; returns where they end.
+// to[x] = maximum over `pool` rows, for whole vectors V of x in first .. width - 1. Returns the first x not written.
 template <typename V>
 DZ_INLINE int64_t rows_maximum(const float* from, float* to, int64_t pool, int64_t line, int64_t first, int64_t width) {
   constexpr int64_t lanes = sizeof(V) / sizeof(float);
   int64_t x = first;
   for (; x + lanes <= width; x += lanes) {
     V best = load<V>(from + x);
-    for (int64_t i = 1; i < pool; ++i) best = larger(best, load<V>(from + i * line + x));
+    for (int64_t i = 1; i < pool; ++i) best = max_of(best, load<V>(from + i * line + x));
     store(to + x, best);
   }
   return x;
 }
 
-// out[i] = maximum of `pool` neighbours.
+// out[i] = maximum of from[pool i .. pool i + pool - 1].
 void neighbours_maximum(const float* from, float* out, int64_t pool, int64_t size) {
   typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(int32_t))));
   int64_t i = 0;
@@ -84,12 +84,12 @@ void neighbours_maximum(const float* from, float* out, int64_t pool, int64_t siz
     for (int32_t k = 0; k < kLanes; ++k) even[k] = 2 * k;
     for (; i + kLanes <= size; i += kLanes) {
       const Vec a = load<Vec>(from + 2 * i), b = load<Vec>(from + 2 * i + kLanes);
-      store(out + i, larger(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 1)));
+      store(out + i, max_of(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 1)));
     }
   }
   for (; i < size; ++i) {
     float best = from[pool * i];
-    for (int64_t j = 1; j < pool; ++j) best = larger(best, from[pool * i + j]);
+    for (int64_t j = 1; j < pool; ++j) best = max_of(best, from[pool * i + j]);
     out[i] = best;
   }
 }
@@ -111,53 +111,54 @@ DZ_KERNEL(channel_batch_norm, (const float* delta,      // [P, N, H, W]
   const int64_t threads = omp_get_max_threads();
   const Strips strips(N, H, W, pool, kBlock);
   const int64_t columns = W / pool;
-  // Whole perturbations per thread keep a plane in cache over the passes; too few of them are split by blocks. Both
-  // ways add the same blocks in the same order.
+  // Normally a thread handles whole perturbations, whose plane then stays in cache over the passes. With fewer
+  // perturbations than threads the blocks of each are shared out instead. Both add the same blocks in the same order.
   const bool split = P < threads;
   const int64_t slots = split ? 1 : threads;
-  const int64_t size = ceil_div(M, 16) * 16, held = ceil_div(strips.widest, 16) * 16;
-  const bool own_y = y != nullptr && !Plane{y, yn, yh, yw, H, W}.contiguous();
-  const bool own_gap = gap != nullptr && !Plane{gap, gn, gh, gw, H, W}.contiguous();
-  Scratch<float> planes(slots * size * (training + own_y + own_gap)), pooled(gap != nullptr ? threads * 2 * held : 0);
+  const int64_t size = ceil_div(M, 16) * 16, padded_piece = ceil_div(strips.widest, 16) * 16;
+  const bool copies_y = y != nullptr && !Plane{y, yn, yh, yw, H, W}.contiguous();
+  const bool copies_gap = gap != nullptr && !Plane{gap, gn, gh, gw, H, W}.contiguous();
+  Scratch<float> planes(slots * size * (training + copies_y + copies_gap)),
+      pooled(gap != nullptr ? threads * 2 * padded_piece : 0);
   Scratch<Moments> partials(slots * (blocks + 3));
   const Apply run = apply_for(training, y != nullptr, gap != nullptr);
 
 #pragma omp parallel if (!split)
   {
     const int64_t slot = split ? 0 : omp_get_thread_num();
-    float* zc = planes.data + slot * size * (training + own_y + own_gap);
-    float *y_copy = zc + (training ? size : 0), *gap_copy = y_copy + (own_y ? size : 0);
+    float* zc = planes.data + slot * size * (training + copies_y + copies_gap);
+    float *y_copy = zc + (training ? size : 0), *gap_copy = y_copy + (copies_y ? size : 0);
     Moments* partial = partials.data + slot * (blocks + 3);
-    int64_t kept = -1;  // the channel in the planes
+    int64_t cached_channel = -1;  // the channel whose planes were gathered last
 
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < P; ++p) {
       const int64_t c = channel[p];
       const float* d = delta + p * M;
-      const float* y_plane = own_y ? y_copy : y != nullptr ? y + c * yc : nullptr;
-      const float* gap_plane = own_gap ? gap_copy : gap != nullptr ? gap + c * gc : nullptr;
+      const float* y_plane = copies_y ? y_copy : y != nullptr ? y + c * yc : nullptr;
+      const float* gap_plane = copies_gap ? gap_copy : gap != nullptr ? gap + c * gc : nullptr;
       Coefficients<float> with = evaluation_coefficients(var[c] + eps, gamma[c]);
 
-      if (kept != c) {
-        kept = c;
+      if (cached_channel != c) {
+        cached_channel = c;
 #pragma omp parallel for schedule(static) if (split)
         for (int64_t k = 0; k < blocks; ++k) {
-          const int64_t first = k * kBlock, last = lesser(M, first + kBlock);
+          const int64_t first = k * kBlock, last = min_of(M, first + kBlock);
           if (training) Plane{x + c * xc, xn, xh, xw, H, W}.gather(mean[c], zc, first, last);
-          if (own_y) Plane{y + c * yc, yn, yh, yw, H, W}.gather(0.0, y_copy, first, last);
-          if (own_gap) Plane{gap + c * gc, gn, gh, gw, H, W}.gather(0.0, gap_copy, first, last);
+          if (copies_y) Plane{y + c * yc, yn, yh, yw, H, W}.gather(0.0, y_copy, first, last);
+          if (copies_gap) Plane{gap + c * gc, gn, gh, gw, H, W}.gather(0.0, gap_copy, first, last);
         }
       }
       if (training) {
-        // The mean of 16 elements: near enough to the mean of all, so that sums about it do not cancel.
-        const int64_t seen = lesser(M, 16);
-        double some = 0.0;
-        for (int64_t k = 0; k < seen; ++k) some += d[M * k / seen];
-        const float shift = static_cast<float>(some / static_cast<double>(seen));
+        // The mean of 16 elements is close enough to the mean of all to avoid cancellation in the sums.
+        const int64_t samples = min_of(M, 16);
+        double sum = 0.0;
+        for (int64_t k = 0; k < samples; ++k) sum += d[M * k / samples];
+        const float shift = static_cast<float>(sum / static_cast<double>(samples));
 #pragma omp parallel for schedule(static) if (split)
         for (int64_t k = 0; k < blocks; ++k) {
           const int64_t first = k * kBlock;
-          partial[k] = moments(d + first, zc + first, shift, lesser(M - first, kBlock));
+          partial[k] = moments(d + first, zc + first, shift, min_of(M - first, kBlock));
         }
         Moments sums = {};
         for (int64_t k = 0; k < blocks; ++k) sums += partial[k];
@@ -165,7 +166,7 @@ DZ_KERNEL(channel_batch_norm, (const float* delta,      // [P, N, H, W]
           double after = 0.0;
           for (int64_t k = 0; k < blocks; ++k) {
             const int64_t first = k * kBlock;
-            after += perturbed_squares(zc + first, d + first, mean_d, lesser(M - first, kBlock));
+            after += perturbed_squares(zc + first, d + first, mean_d, min_of(M - first, kBlock));
           }
           return after / static_cast<double>(M) + eps;
         });
@@ -174,15 +175,16 @@ DZ_KERNEL(channel_batch_norm, (const float* delta,      // [P, N, H, W]
       const int64_t pieces = gap != nullptr ? strips.pieces : blocks;
 #pragma omp parallel for schedule(static) if (split)
       for (int64_t k = 0; k < pieces; ++k) {
-        const Piece piece = gap != nullptr ? strips.piece(k) : Piece{0, 0, k * kBlock, lesser(M, (k + 1) * kBlock)};
+        const Piece piece = gap != nullptr ? strips.piece(k) : Piece{0, 0, k * kBlock, min_of(M, (k + 1) * kBlock)};
         const int64_t first = piece.begin, count = piece.end - first;
-        float* moved = gap != nullptr ? pooled.data + (split ? omp_get_thread_num() : slot) * 2 * held : nullptr;
+        float* unpooled =
+            gap != nullptr ? pooled.data + (split ? omp_get_thread_num() : slot) * 2 * padded_piece : nullptr;
         run(d + first, zc + first, y_plane != nullptr ? y_plane + first : nullptr,
-            gap != nullptr ? gap_plane + first : nullptr, gap != nullptr ? moved : out + p * M + first, with, count);
+            gap != nullptr ? gap_plane + first : nullptr, gap != nullptr ? unpooled : out + p * M + first, with, count);
         if (gap == nullptr) continue;
-        float *rows = moved + held, *to = rows;
+        float *rows = unpooled + padded_piece, *to = rows;
         for (int64_t q = piece.first; q <= piece.last; ++q, to += columns * pool) {
-          const float* from = moved + (strips.start(q) - first);
+          const float* from = unpooled + (strips.start(q) - first);
           int64_t at = rows_maximum<Vec>(from, to, pool, W, 0, columns * pool);
           if (kLanes > 4) at = rows_maximum<Float4>(from, to, pool, W, at, columns * pool);
           rows_maximum<float>(from, to, pool, W, at, columns * pool);

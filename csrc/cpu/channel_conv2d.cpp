@@ -3,21 +3,22 @@
 namespace dz {
 namespace {
 
-// Pixels of a tile with one or two registers of channels each: the sums fill half of the 32 (AVX-512) or 16 registers.
+// Pixels of a tile with one or two registers of channels each: the accumulators take half of the 32 (AVX-512) or 16
+// registers.
 constexpr int kPixels = kLanes == 16 ? 8 : 4;
 constexpr int pixels(int registers) { return 2 * kPixels / registers; }
 
-// What a tile needs to know: where its taps are and where its pixels go.
+// Strides of a tile: where its taps read and where its pixels are written.
 struct Taps {
-  const int64_t* offset;  // [count] from the first tap, in the padded plane
+  const int64_t* offset;  // [count], of each tap from the first, in the padded plane
   int64_t count;          // kh * kw
-  int64_t row_in;         // distance of neighbouring output rows in the padded plane
-  int64_t pixel_in;       // of neighbouring output pixels there
-  int64_t pixel_out;      // and in the output
+  int64_t row_in;         // from one output row to the next, in the padded plane
+  int64_t pixel_in;       // from one output pixel to the next, in the padded plane
+  int64_t pixel_out;      // from one output pixel to the next, in the output
 };
 
 // out[q, 0 .. channels) = sum_t in[q * pixel_in + offset[t]] * packed[t, :] for PIXELS pixels and REGISTERS registers
-// of channels. The accumulators never leave registers; the sum runs over t in order, in every tile shape alike.
+// of channels. The accumulators stay in registers. The sum runs over t in order whatever the tile shape.
 template <int PIXELS, int REGISTERS, typename Out>
 DZ_INLINE void tile(const Taps& taps, const float* in, const float* packed, Out* out, int64_t channels) {
   Vec sum[PIXELS][REGISTERS];
@@ -53,7 +54,7 @@ DZ_INLINE void tile(const Taps& taps, const float* in, const float* packed, Out*
   }
 }
 
-// All output rows, of `width` pixels each. The last tile of a row overlaps the one before it and writes the same values
+// All output rows, of `width` pixels each. The last tile of a row overlaps the previous one and writes the same values
 // again.
 template <int PIXELS, int REGISTERS, typename Out>
 void tiles(const Taps& taps, const float* in, const float* packed, Out* out, int64_t channels, int64_t width,
@@ -61,7 +62,7 @@ void tiles(const Taps& taps, const float* in, const float* packed, Out* out, int
   if (width >= PIXELS) {
     for (int64_t u = 0; u < rows; ++u, in += taps.row_in, out += width * taps.pixel_out) {
       for (int64_t v = 0; v < width; v += PIXELS) {
-        const int64_t at = lesser(v, width - PIXELS);
+        const int64_t at = min_of(v, width - PIXELS);
         tile<PIXELS, REGISTERS>(taps, in + at * taps.pixel_in, packed, out + at * taps.pixel_out, channels);
       }
     }
@@ -70,7 +71,7 @@ void tiles(const Taps& taps, const float* in, const float* packed, Out* out, int
   }
 }
 
-// Short runs, for which a call of memcpy takes longer than the copy.
+// For runs so short that calling memcpy would cost more than the copy.
 DZ_INLINE void copy(const float* from, float* to, int64_t size) {
   int64_t i = 0;
   for (; i + 8 <= size; i += 8) store(to + i, load<Float8>(from + i));
@@ -84,23 +85,23 @@ void convolve(const float* delta, const int64_t* channel, const float* weight, O
               int64_t dil_w, int64_t in_per_group, int64_t out_per_group) {
   const int64_t T = kh * kw;
   const int64_t Hp = H + 2 * pad_h, Wp = W + 2 * pad_w;
-  const int64_t block = 2 * kLanes;                               // output channels of a full tile
-  const int64_t wide = ceil_div(out_per_group, kLanes) * kLanes;  // channels rounded up to whole registers
+  const int64_t block = 2 * kLanes;                                          // output channels of a full tile
+  const int64_t padded_channels = ceil_div(out_per_group, kLanes) * kLanes;  // out_per_group rounded up to registers
   const int64_t threads = omp_get_max_threads();
 
   Scratch<int64_t> offset(T);
   for (int64_t t = 0; t < T; ++t) offset.data[t] = t / kw * dil_h * Wp + t % kw * dil_w;
   const Taps taps = {offset.data, T, stride_h * Wp, stride_w, O};
-  // Per thread: the weights of one input channel, packed [block][T][channels of the block], and one padded plane. Both
-  // are rounded up to cache lines, so that threads do not share one.
-  const int64_t packed_size = ceil_div(T * wide, 16) * 16, plane_size = ceil_div(Hp * Wp, 16) * 16;
+  // Per thread: the weights of one input channel, packed [block][T][channels of the block], and one padded plane, each
+  // rounded up to whole cache lines: threads must not share one.
+  const int64_t packed_size = ceil_div(T * padded_channels, 16) * 16, plane_size = ceil_div(Hp * Wp, 16) * 16;
   Scratch<float> scratch(threads * (packed_size + plane_size));
 
 #pragma omp parallel
   {
     float* packed = scratch.data + omp_get_thread_num() * (packed_size + plane_size);
     float* plane = packed + packed_size;
-    __builtin_memset(plane, 0, static_cast<size_t>(plane_size) * sizeof(float));  // its border stays zero
+    __builtin_memset(plane, 0, static_cast<size_t>(plane_size) * sizeof(float));  // the border stays zero
     int64_t packed_channel = -1;
 
 #pragma omp for collapse(2) schedule(static)
@@ -111,8 +112,8 @@ void convolve(const float* delta, const int64_t* channel, const float* weight, O
           packed_channel = channel[p];
           const float* from = weight + first * wo + channel[p] % in_per_group * wc;
           float* to = packed;
-          for (int64_t b = 0; b < wide; b += block) {
-            const int64_t size = lesser(block, wide - b);
+          for (int64_t b = 0; b < padded_channels; b += block) {
+            const int64_t size = min_of(block, padded_channels - b);
             for (int64_t t = 0; t < T; ++t) {
               for (int64_t k = b; k < b + size; ++k) {
                 *to++ = k < out_per_group ? from[k * wo + t / kw * wh + t % kw * ww] : 0.0f;
@@ -122,7 +123,7 @@ void convolve(const float* delta, const int64_t* channel, const float* weight, O
         }
         const float* in = delta + (p * N + n) * H * W;
         if (pad_h == 0 && pad_w == 0) {
-          // The plane is its own padded form.
+          // no padding: read the plane in place
         } else {
           for (int64_t h = 0; h < H; ++h) copy(in + h * W, plane + (h + pad_h) * Wp + pad_w, W);
           in = plane;
@@ -130,8 +131,8 @@ void convolve(const float* delta, const int64_t* channel, const float* weight, O
         Out* to = out + (p * N + n) * Ho * Wo * O;
         if (out_per_group < O) __builtin_memset(to, 0, static_cast<size_t>(Ho * Wo * O) * sizeof(Out));
         to += first;
-        for (int64_t b = 0; b < wide; b += block) {
-          if (wide - b >= block) {
+        for (int64_t b = 0; b < padded_channels; b += block) {
+          if (padded_channels - b >= block) {
             tiles<pixels(2), 2>(taps, in, packed + b * T, to + b, out_per_group - b, Wo, Ho);
           } else {
             tiles<pixels(1), 1>(taps, in, packed + b * T, to + b, out_per_group - b, Wo, Ho);

@@ -6,31 +6,32 @@
 namespace dz {
 namespace {
 
-constexpr int64_t kBlock = kFloatBlock;  // pixels at a time: what their taps read, and their results, stay in cache
+constexpr int64_t kBlock = kFloatBlock;  // pixels per block: their inputs and results stay in cache
 
-// The kernel of a convolution and the sizes of what its taps read, for pieces of at most `row` pixels. The pixels that
-// taps read are copied part by part: with a vertical stride of 1 a part is what a column of taps reads, the same rows
-// further down for each tap; else it is what one tap reads.
+// Layout of the im2col copy of a piece of at most `row` output pixels. The copy of an image consists of parts. With a
+// vertical stride of 1 all taps of a kernel column share one part, each at its own row offset; otherwise every tap has
+// a part of its own.
 struct Patches {
   Patches(const Window& window, int64_t kh_, int64_t kw_, int64_t row)
       : kh(kh_), kw(kw_), by_column(window.stride_h == 1) {
-    const int64_t rows = lesser(window.Ho, row / window.Wo);  // of one image in a piece, at most
+    const int64_t rows = min_of(window.Ho, row / window.Wo);  // of one image in a piece, maximum
     part = (by_column ? window.rows_read(rows, kh) : rows) * window.Wo;
     image = (by_column ? kw : kh * kw) * part;
-    images = ceil_div(row / window.Wo, window.Ho) + 1;  // of which a piece has rows, at most
+    images = ceil_div(row / window.Wo, window.Ho) + 1;  // that a piece touches, maximum
   }
   int64_t offset(const Window& window, int64_t tap) const {
     return by_column ? tap % kw * part + tap / kw * window.dil_h * window.Wo : tap * part;
   }
-  int64_t floats() const { return ceil_div(images * image + kWidest * kLanes, 16) * 16; }
+  int64_t floats() const { return ceil_div(images * image + kPanelRegisters * kLanes, 16) * 16; }
 
   int64_t kh, kw;
   bool by_column;
-  int64_t part, image, images;  // floats of a part and of all parts of an image; images of a piece
+  int64_t part, image;  // floats of a part, and of all parts of an image
+  int64_t images;       // maximum images of a piece
 };
 
-// Produces the change of a convolution's output where one input channel is perturbed. The convolution runs once for the
-// moments and once for the result, and its values never leave the cache: writing and reading them would take longer.
+// Producer for one perturbed input channel. The convolution runs twice, for the moments and for the result, and its
+// values stay in cache: storing and reloading them would take longer.
 struct Channel {
   static constexpr bool kFloatSums = true;
 
@@ -59,7 +60,7 @@ struct Channel {
   int64_t floats() const { return patches.floats() + planes * row; }
   int64_t channel(int64_t, int64_t plane) const { return plane; }
 
-  const float* take(int64_t p, int64_t first, int64_t last, float* scratch) const {
+  const float* produce(int64_t p, int64_t first, int64_t last, float* scratch) const {
     const int64_t Wo = window.Wo, kh = patches.kh, kw = patches.kw;
     float *const d = scratch + patches.floats(), *to = scratch;
     by_image(window, first / Wo, last / Wo, [&](int64_t n, int64_t u, int64_t rows, int64_t) {
@@ -87,17 +88,17 @@ struct Channel {
     return d;
   }
 
-  // The mean of eight pixels.
+  // The mean of d over eight pixels.
   void shift(int64_t p, float* to) const {
-    const int64_t M = N * window.Ho * window.Wo, seen = lesser(M, 8), kw = patches.kw;
+    const int64_t M = N * window.Ho * window.Wo, count = min_of(M, 8), kw = patches.kw;
     for (int64_t o = 0; o < planes; ++o) to[o] = 0.0f;
     for (int64_t t = 0; t < taps; ++t) {
-      double some = 0.0;
+      double sum = 0.0;
       const int64_t top = t / kw * window.dil_h - window.pad_h, left = t % kw * window.dil_w - window.pad_w;
-      for (int64_t k = 0; k < seen; ++k) {
-        some += tap_value(window, delta + p * N * window.H * window.W, M * k / seen, top, left);
+      for (int64_t k = 0; k < count; ++k) {
+        sum += tap_value(window, delta + p * N * window.H * window.W, M * k / count, top, left);
       }
-      const float mean = static_cast<float>(some / static_cast<double>(seen));
+      const float mean = static_cast<float>(sum / static_cast<double>(count));
       for (int64_t o = 0; o < planes; ++o) to[o] += mean * weight.data[(p * planes + o) * taps + t];
     }
   }
@@ -107,7 +108,7 @@ struct Channel {
   int64_t N, taps;
   Patches patches;
   Scratch<float> weight;     // [P][O][taps]
-  Scratch<int64_t> offsets;  // [taps], of what a tap reads in the patches of an image
+  Scratch<int64_t> offsets;  // [taps], where the input of a tap starts in the copy of an image
   Strips blocks;
   int64_t planes, row;
 };
@@ -116,7 +117,7 @@ struct Channel {
 template <typename Out>
 DZ_INLINE void store_transposed(const float* values, int64_t row, int64_t pixels, int64_t O, Out* out) {
   for (int64_t m = 0; m < pixels; m += kLanes, out += kLanes * O) {
-    const int64_t count = lesser(kLanes, pixels - m);
+    const int64_t count = min_of(kLanes, pixels - m);
     int64_t o = 0;
     for (; o + kLanes <= O; o += kLanes) {
       Vec v[kLanes];
@@ -138,13 +139,13 @@ DZ_INLINE void store_transposed(const float* values, int64_t row, int64_t pixels
 // out[n, o] = mean of values[o, m] over the `pixels` pixels m of image n
 template <typename Out>
 void store_means(const float* values, int64_t row, int64_t images, int64_t pixels, int64_t O, Out* out) {
-  const float share = 1.0f / static_cast<float>(pixels);
+  const float inverse = 1.0f / static_cast<float>(pixels);
   for (int64_t n = 0; n < images; ++n, values += pixels, out += O) {
     int64_t o = 0;
     for (; o + kLanes <= O; o += kLanes) {
       Vec sum = {};
       for (int64_t m = 0; m < pixels; m += kLanes) {
-        const int64_t count = lesser(kLanes, pixels - m);
+        const int64_t count = min_of(kLanes, pixels - m);
         Vec v[kLanes];
 #pragma GCC unroll 16
         for (int k = 0; k < kLanes; ++k) v[k] = load<Vec>(values + (o + k) * row + m);
@@ -152,25 +153,25 @@ void store_means(const float* values, int64_t row, int64_t images, int64_t pixel
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) sum += i < count ? v[i] : Vec{};
       }
-      store_vec(out + o, share * sum);
+      store_vec(out + o, inverse * sum);
     }
     for (; o < O; ++o) {
       Vec sum = {};
       for (int64_t m = 0; m < pixels; m += kLanes) {
-        sum += load_some(values + o * row + m, lesser(kLanes, pixels - m));
+        sum += load_partial(values + o * row + m, min_of(kLanes, pixels - m));
       }
-      store_one(out + o, share * sum_of(sum));
+      store_one(out + o, inverse * sum_of(sum));
     }
   }
 }
 
-// Writes the changed pixels channels-last, out [P, N, Ho / pool, Wo / pool, O], or their means over images [P, N, O].
+// Epilogue that writes channels-last, out [P, N, Ho / pool, Wo / pool, O], or the mean over each image, out [P, N, O].
 template <typename Out>
 struct ChannelsLast {
   const BatchNorm& norm;
   const double* beta;  // [O]
   Strips strips;
-  int64_t N, O, row, columns, pooled;  // row: floats of scratch for a channel; pooled: pixels of an image in the result
+  int64_t N, O, row, columns, pooled;  // row: scratch floats per channel; pooled: pixels of an image after pooling
   bool relu, mean;
   Out* out;
 
@@ -185,8 +186,8 @@ struct ChannelsLast {
     make_base(strips, piece.first, piece.last, norm.base(channel, piece.begin),
               affine(norm.before(channel), norm.gamma[channel], beta[channel]), base(scratch, channel));
   }
-  void fetch(int64_t p, const Piece& piece) const {
-    fetch_ahead<true>(to(p, piece), (mean ? pixels(piece) / pooled : pixels(piece)) * O);
+  void prefetch(int64_t p, const Piece& piece) const {
+    dz::prefetch<true>(to(p, piece), (mean ? pixels(piece) / pooled : pixels(piece)) * O);
   }
   void change(int64_t, const Piece& piece, int64_t plane, const float* d, const float* zc,
               const Coefficients<float>& with, float* scratch) const {
@@ -216,11 +217,11 @@ DZ_KERNEL(channel_conv2d_batch_norm,
            int64_t dil_w, int64_t pool, bool training, bool relu, bool mean, bool half)) {
   const Window window = {H, W, Ho, Wo, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w};
   if (N * O * Ho * Wo == 0 || P == 0) return;
-  // For means a piece has whole images, read from whole registers of which the last one may begin anywhere.
+  // With `mean` a piece is whole images. The last register of an image may read up to kLanes floats past it.
   const int64_t image = Ho / pool * pool * Wo, columns = Wo / pool;
-  const Strips strips(N, Ho, Wo, pool, mean ? greater(1, kBlock / image) * image : kBlock);
-  const int64_t widest = greater(Strips(N, Ho, Wo, 1, kBlock).widest, strips.widest) + (mean ? kLanes : 0);
-  const int64_t row = ceil_div(widest, kWidest * kLanes) * kWidest * kLanes;
+  const Strips strips(N, Ho, Wo, pool, mean ? max_of(1, kBlock / image) * image : kBlock);
+  const int64_t widest = max_of(Strips(N, Ho, Wo, 1, kBlock).widest, strips.widest) + (mean ? kLanes : 0);
+  const int64_t row = ceil_div(widest, kPanelRegisters * kLanes) * kPanelRegisters * kLanes;
   const BatchNorm norm = {zc, var, gamma, eps, P, N * Ho * Wo, training};
   const Channel producer(window, delta, channel, weight, P, N, C, O, kh, kw, row);
   const auto run = [&](const auto& to) { Normed(norm, producer, to).run(); };

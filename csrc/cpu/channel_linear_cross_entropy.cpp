@@ -12,13 +12,13 @@ DZ_KERNEL(channel_linear_cross_entropy, (const float* delta,                    
   mean_change(log_probs, probs, out, P, N, K, [=](int64_t p) {
     return [=](const int64_t* n, double* e) {
       const float *own = weight + channel[p] * wc, *d = delta + p * N;
-      Side difference, at_target;
-      for (int64_t i = 0; i < kSide; ++i) {
+      Doubles difference, at_target;
+      for (int64_t i = 0; i < kDoubles; ++i) {
         difference[i] = d[n[i]];
         at_target[i] = own[target[n[i]] * wk];
       }
       for (int64_t k = 0; k < K; ++k) {
-        store(e + k * kSide, difference * (static_cast<double>(own[k * wk]) - at_target));
+        store(e + k * kDoubles, difference * (static_cast<double>(own[k * wk]) - at_target));
       }
     };
   });

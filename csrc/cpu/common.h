@@ -1,5 +1,6 @@
-// What the kernels share. Everything is in an unnamed namespace and nothing is a standard library template: a weak
-// symbol compiled for AVX-512 could replace the copy that an older CPU runs.
+// Vector types, conversions and scratch memory for all kernels. Everything is in an unnamed namespace and no standard
+// library template is instantiated: the linker could replace the copy that an older CPU runs by a weak symbol compiled
+// for AVX-512.
 #pragma once
 
 #include <omp.h>
@@ -15,7 +16,7 @@
 namespace dz {
 namespace {
 
-// Lanes of one register at this level.
+// Float32 lanes of a vector register at this instruction set level.
 #if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
 #elif defined(__AVX2__)
@@ -29,13 +30,13 @@ typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint16_t HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 typedef uint32_t FloatBits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
-// The upper half of a float32.
+// A bfloat16: the upper half of a float32.
 struct Bf16 {
   uint16_t bits;
 };
 
-// Eight lanes at every level, so that sums are partitioned alike everywhere.
 typedef float Float4 __attribute__((vector_size(16)));
+// These have eight lanes at every level: all levels split a sum into the same eight partial sums.
 typedef float Float8 __attribute__((vector_size(32)));
 typedef double Double8 __attribute__((vector_size(64)));
 typedef uint64_t Bits8 __attribute__((vector_size(64)));
@@ -65,8 +66,8 @@ DZ_INLINE void store_vec(float* p, Vec v) { store(p, v); }
 DZ_INLINE void store_vec(Bf16* p, Vec v) {
   const FloatBits bits = reinterpret_cast<FloatBits>(v);
   const FloatBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const FloatBits kept = v == v ? rounded : (bits | 0x400000);
-  store(p, __builtin_convertvector(kept >> 16, HalfBits));
+  const FloatBits upper = v == v ? rounded : (bits | 0x400000);
+  store(p, __builtin_convertvector(upper >> 16, HalfBits));
 }
 
 DZ_INLINE void store_one(float* p, float v) { *p = v; }
@@ -91,19 +92,20 @@ DZ_INLINE Double8 widen(Float8 v) { return __builtin_convertvector(v, Double8); 
 
 DZ_INLINE double sum(Double8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
-DZ_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-DZ_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+DZ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+DZ_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 DZ_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Asks for memory that will be read, or written, after some thousand operations of something else: what the processor's
-// own prefetcher does not see coming.
+// Prefetches `size` elements that are read (or, with kWrite, written) a few thousand operations later. The hardware
+// prefetcher cannot predict these: the accesses in between go elsewhere.
 template <bool kWrite, typename T>
-DZ_INLINE void fetch_ahead(const T* from, int64_t size) {
+DZ_INLINE void prefetch(const T* from, int64_t size) {
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t i = 0; i < size; i += line) __builtin_prefetch(from + i, kWrite ? 1 : 0, 2);
 }
 
-// Aligned memory, not initialised. Made before a parallel region, so that running out of it is an ordinary exception.
+// Uninitialised memory aligned to 64 bytes. Allocate it before a parallel region: an exception thrown inside one would
+// terminate the process.
 template <typename T>
 struct Scratch {
   explicit Scratch(int64_t n) : data(static_cast<T*>(::operator new(bytes(n), std::align_val_t{64}))) {}

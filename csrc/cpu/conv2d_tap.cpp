@@ -10,7 +10,7 @@ DZ_KERNEL(conv2d_tap, (const float* x,        // [N, Cin, H, W] with strides xn,
                        int64_t xh, int64_t xw, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
                        int64_t dil_h, int64_t dil_w, int64_t in_per_group, int64_t out_per_group)) {
   const int64_t row_step = stride_w * xw;
-  // Samples outside, perturbations inside: one sample of x stays in cache for all of them.
+  // Loops over samples outside, over perturbations inside: a sample of x stays in cache for all perturbations.
 #pragma omp parallel for collapse(2) schedule(static)
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t p = 0; p < P; ++p) {
@@ -18,9 +18,9 @@ DZ_KERNEL(conv2d_tap, (const float* x,        // [N, Cin, H, W] with strides xn,
       const int64_t top = coord[4 * p + 2] * dil_h - pad_h, left = coord[4 * p + 3] * dil_w - pad_w;
       const float h = step[p];
       const float* plane = x + n * xn + (o / out_per_group * in_per_group + c) * xc;
-      // Output columns begin .. end - 1 read inside the row, the others read padding.
-      const int64_t begin = left < 0 ? lesser(ceil_div(-left, stride_w), Wo) : 0;
-      const int64_t end = greater(begin, lesser(Wo, left < W ? (W - 1 - left) / stride_w + 1 : 0));
+      // Output columns begin .. end - 1 read input columns; the others read padding.
+      const int64_t begin = left < 0 ? min_of(ceil_div(-left, stride_w), Wo) : 0;
+      const int64_t end = max_of(begin, min_of(Wo, left < W ? (W - 1 - left) / stride_w + 1 : 0));
       float* row = out + (p * N + n) * Ho * Wo;
       for (int64_t u = 0; u < Ho; ++u, row += Wo) {
         const int64_t in_row = u * stride_h + top;

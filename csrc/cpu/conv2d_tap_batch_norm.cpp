@@ -5,9 +5,9 @@
 namespace dz {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // pixels at a time: of x, zc and what is made of them, in cache for all perturbations
+constexpr int64_t kBlock = 2048;  // pixels per block: x, zc and d of a block stay in cache for all perturbations
 
-// Produces the change of a convolution's output where one weight is perturbed: the step times what its tap reads.
+// Producer for one perturbed weight: the change of the convolution's output is the step times what the tap reads.
 struct Tap {
   static constexpr bool kFloatSums = false;
 
@@ -29,7 +29,7 @@ struct Tap {
   int64_t top(int64_t p) const { return coord[4 * p + 2] * window.dil_h - window.pad_h; }
   int64_t left(int64_t p) const { return coord[4 * p + 3] * window.dil_w - window.pad_w; }
 
-  const float* take(int64_t p, int64_t first, int64_t last, float* d) const {
+  const float* produce(int64_t p, int64_t first, int64_t last, float* d) const {
     const int64_t Wo = window.Wo;
     by_image(window, first / Wo, last / Wo, [&](int64_t n, int64_t u, int64_t rows, int64_t at) {
       tap_columns(window, read(p) + n * window.H * window.W, u * window.stride_h + top(p), window.stride_h, rows,
@@ -38,18 +38,18 @@ struct Tap {
     return d;
   }
 
-  // The mean of 16 pixels.
+  // The mean of d over 16 pixels.
   void shift(int64_t p, float* to) const {
-    const int64_t M = N * window.Ho * window.Wo, seen = lesser(M, 16);
-    double some = 0.0;
-    for (int64_t k = 0; k < seen; ++k) {
-      some += tap_value(window, read(p), M * k / seen, top(p), left(p));
+    const int64_t M = N * window.Ho * window.Wo, count = min_of(M, 16);
+    double sum = 0.0;
+    for (int64_t k = 0; k < count; ++k) {
+      sum += tap_value(window, read(p), M * k / count, top(p), left(p));
     }
-    *to = static_cast<float>(step[p] * some / static_cast<double>(seen));
+    *to = static_cast<float>(step[p] * sum / static_cast<double>(count));
   }
 };
 
-// Writes the changed planes as they are, out [P, N, Ho / pool, Wo / pool].
+// Epilogue that writes planes, out [P, N, Ho / pool, Wo / pool].
 struct Planes {
   const BatchNorm& norm;
   const double* beta;  // [C]
@@ -62,7 +62,7 @@ struct Planes {
     make_base(strips, piece.first, piece.last, norm.base(channel, piece.begin),
               affine(norm.before(channel), norm.gamma[channel], beta[channel]), base);
   }
-  void fetch(int64_t, const Piece&) const {}
+  void prefetch(int64_t, const Piece&) const {}
   void change(int64_t p, const Piece& piece, int64_t, const float* d, const float* zc, const Coefficients<float>& with,
               const float* base) const {
     change_strips(strips, piece.first, piece.last, norm.training, relu, d, zc, base,
@@ -89,7 +89,7 @@ DZ_KERNEL(conv2d_tap_batch_norm,
   const Planes to = {norm, beta, Strips(N, Ho, Wo, pool, kBlock), relu, out};
   const Strips blocks(N, Ho, Wo, 1, kBlock);
   const Tap tap = {
-      window, x, coord, step, N, in_per_group, out_per_group, blocks, greater(blocks.widest, to.strips.widest)};
+      window, x, coord, step, N, in_per_group, out_per_group, blocks, max_of(blocks.widest, to.strips.widest)};
   Normed(norm, tap, to).run();
 }
 

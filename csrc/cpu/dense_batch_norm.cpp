@@ -3,15 +3,15 @@
 namespace dz {
 namespace {
 
-// The values of one perturbation are one run of N * H * W * C floats in which channels repeat with period C. They are
-// handled as rows of lcm(C, 16) floats: a place in a row has one channel, so coefficients are vectors and no C leaves
-// a tail. Sums are taken in float32 over the rows of a block, and over blocks in float64 and in order: the result does
-// not depend on which thread took which block.
-constexpr int64_t kRows = 64;                 // at most, so a float32 sum has at most 64 terms
-constexpr int64_t kBlock = 8192;              // floats of a block, about
-constexpr int64_t kCache = 512 << 10;         // bytes of differences that one thread keeps between two passes
-constexpr int kGroup = kLanes == 16 ? 4 : 2;  // vectors whose sums or coefficients are in registers
-constexpr int64_t kMoments = 3;               // of e = d - shift: sums of e, e^2, zc e
+// One perturbation is a run of N * H * W * C floats in which channels repeat with period C. It is processed in rows of
+// lcm(C, 16) floats (or a multiple of that), so each column of a row has a fixed channel: coefficients are vectors, and
+// no C leaves a remainder. Sums are in float32 within a block, and in float64 and in order over blocks: the result does
+// not depend on the number of threads.
+constexpr int64_t kMaxRows = 64;              // rows of a block, hence terms of a float32 sum
+constexpr int64_t kBlock = 8192;              // floats of a block, approximately
+constexpr int64_t kCache = 512 << 10;         // bytes of d per thread that stay in cache between the two passes
+constexpr int kGroup = kLanes == 16 ? 4 : 2;  // vectors whose sums or coefficients stay in registers together
+constexpr int64_t kMoments = 3;               // sums of e = d - shift, of e^2 and of zc e
 enum Coefficient { kShift, kScale, kZcScale, kOffset, kCoefficients };  // the members of Coefficients, in order
 
 int64_t row_length(int64_t C) {
@@ -21,17 +21,17 @@ int64_t row_length(int64_t C) {
   return least < 64 ? least * ceil_div(64, least) : least;
 }
 
-// How a run of floats falls into rows.
+// How a run of floats divides into rows.
 struct Rows {
   Rows(int64_t size, int64_t length)
       : vectors(length / kLanes), full(size / length), rest((size - full * length) / kLanes), tail(size % kLanes) {}
-  int64_t vectors;  // of a row
-  int64_t full;     // rows
-  int64_t rest;     // vectors after them
+  int64_t vectors;  // vectors of a row
+  int64_t full;     // full rows
+  int64_t rest;     // full vectors after them
   int64_t tail;     // floats after those
 };
 
-// The first `count` lanes from memory, the others 0.
+// Loads the first `count` lanes; the others are 0.
 template <typename T>
 DZ_INLINE Vec load_first(const T* from, int64_t count) {
   float values[kLanes] = {};
@@ -127,7 +127,7 @@ DZ_INLINE Coefficients<Vec> coefficients_at(const float* from, int64_t length) {
           load<Vec>(from + kOffset * length)};
 }
 
-// `rows` rows of the GROUP vectors that d points at.
+// Applies the coefficients to `rows` rows of the GROUP vectors that d points at.
 template <int GROUP, bool RELU, typename In, typename Residual, typename Out>
 DZ_INLINE void apply_rows(const In* d, const float* zc, const Residual* residual, const float* y, Out* out,
                           const float* coefficients, int64_t rows, int64_t length) {
@@ -145,7 +145,7 @@ DZ_INLINE void apply_rows(const In* d, const float* zc, const Residual* residual
   }
 }
 
-// Change of the norm, plus the residual, through the ReLU, for a run of `size` floats that begins with channel 0.
+// Change of the norm's output plus residual, after the ReLU, for a run of `size` floats that starts at channel 0.
 template <bool RELU, typename In, typename Residual, typename Out>
 void apply(const In* d, const float* zc, const Residual* residual, const float* y, Out* out, const float* coefficients,
            int64_t size, int64_t length) {
@@ -161,33 +161,34 @@ void apply(const In* d, const float* zc, const Residual* residual, const float* 
       at += kLanes;
     }
   }
-  int64_t i = rows.full * length, place = 0;
-  for (; place < rows.rest * kLanes; place += kLanes, i += kLanes) {
-    apply_rows<1, RELU>(d + i, zc + i, skip(residual, i), RELU ? y + i : nullptr, out + i, coefficients + place, 1,
+  int64_t i = rows.full * length, column = 0;
+  for (; column < rows.rest * kLanes; column += kLanes, i += kLanes) {
+    apply_rows<1, RELU>(d + i, zc + i, skip(residual, i), RELU ? y + i : nullptr, out + i, coefficients + column, 1,
                         length);
   }
   if (const int64_t left = rows.tail; left != 0) {
-    const Coefficients<Vec> own = coefficients_at(coefficients + place, length);
+    const Coefficients<Vec> own = coefficients_at(coefficients + column, length);
     Vec v = add_first(own.change(load_first(d + i, left), load_first(zc + i, left)), skip(residual, i), left);
     if constexpr (RELU) v = relu_change(load_first(y + i, left), v);
     store_first(out + i, v, left);
   }
 }
 
-// One row of windows: the maximum of moved + gap over pool rows of `stride` floats and pool columns. `row` is scratch.
+// One row of pooling windows: the maximum of change + gap over `pool` rows, `stride` floats apart, and `pool` columns.
+// `row` is scratch.
 template <typename Out>
-void pool_row(const float* moved, const float* gap, float* row, Out* out, int64_t pool, int64_t stride, int64_t columns,
-              int64_t C) {
+void pool_row(const float* change, const float* gap, float* row, Out* out, int64_t pool, int64_t stride,
+              int64_t columns, int64_t C) {
   if (pool == 2 && C >= kLanes) {
-    const float *below = moved + stride, *gap_below = gap + stride;
+    const float *below = change + stride, *gap_below = gap + stride;
     for (int64_t v = 0; v < columns; ++v, out += C) {
       for (int64_t c = 0; c < C; c += kLanes) {  // the last vector overlaps the one before it
-        const int64_t at = lesser(c, C - kLanes), x = 2 * v * C + at;
+        const int64_t at = min_of(c, C - kLanes), x = 2 * v * C + at;
         const Vec left =
-            larger(load<Vec>(moved + x) + load<Vec>(gap + x), load<Vec>(below + x) + load<Vec>(gap_below + x));
-        const Vec right = larger(load<Vec>(moved + x + C) + load<Vec>(gap + x + C),
+            max_of(load<Vec>(change + x) + load<Vec>(gap + x), load<Vec>(below + x) + load<Vec>(gap_below + x));
+        const Vec right = max_of(load<Vec>(change + x + C) + load<Vec>(gap + x + C),
                                  load<Vec>(below + x + C) + load<Vec>(gap_below + x + C));
-        store_vec(out + at, larger(left, right));
+        store_vec(out + at, max_of(left, right));
       }
     }
     return;
@@ -195,36 +196,36 @@ void pool_row(const float* moved, const float* gap, float* row, Out* out, int64_
   const int64_t width = columns * pool * C;
   int64_t x = 0;
   for (; x + kLanes <= width; x += kLanes) {
-    Vec best = load<Vec>(moved + x) + load<Vec>(gap + x);
+    Vec best = load<Vec>(change + x) + load<Vec>(gap + x);
     for (int64_t i = 1; i < pool; ++i) {
-      best = larger(best, load<Vec>(moved + i * stride + x) + load<Vec>(gap + i * stride + x));
+      best = max_of(best, load<Vec>(change + i * stride + x) + load<Vec>(gap + i * stride + x));
     }
     store(row + x, best);
   }
   for (; x < width; ++x) {
-    float best = moved[x] + gap[x];
-    for (int64_t i = 1; i < pool; ++i) best = larger(best, moved[i * stride + x] + gap[i * stride + x]);
+    float best = change[x] + gap[x];
+    for (int64_t i = 1; i < pool; ++i) best = max_of(best, change[i * stride + x] + gap[i * stride + x]);
     row[x] = best;
   }
   for (int64_t v = 0; v < columns; ++v, row += pool * C, out += C) {
     if (C >= kLanes) {
       for (int64_t c = 0; c < C; c += kLanes) {  // the last vector overlaps the one before it
-        const int64_t at = lesser(c, C - kLanes);
+        const int64_t at = min_of(c, C - kLanes);
         Vec best = load<Vec>(row + at);
-        for (int64_t j = 1; j < pool; ++j) best = larger(best, load<Vec>(row + j * C + at));
+        for (int64_t j = 1; j < pool; ++j) best = max_of(best, load<Vec>(row + j * C + at));
         store_vec(out + at, best);
       }
     } else {
       for (int64_t c = 0; c < C; ++c) {
         float best = row[c];
-        for (int64_t j = 1; j < pool; ++j) best = larger(best, row[j * C + c]);
+        for (int64_t j = 1; j < pool; ++j) best = max_of(best, row[j * C + c]);
         store_one(out + c, best);
       }
     }
   }
 }
 
-// Everything but the types of delta and of the result.
+// The arguments that do not depend on the types of delta and of the result.
 struct Norm {
   const float* zc;
   const double *var, *gamma;
@@ -234,13 +235,13 @@ struct Norm {
   double eps;
   int64_t P, N, H, W, C, pool;
   bool training, residual_half;
-  int64_t size, length;  // of one perturbation, of a row
+  int64_t size, length;  // floats of a perturbation, and of a row
 };
 
-// The mean of eight pixels: near enough to the mean of all, so that sums about it do not cancel.
+// The mean of eight pixels is close enough to the mean of all to avoid cancellation in the sums.
 template <typename In>
 void make_shift(const Norm& norm, const In* d, float* shift) {
-  const int64_t pixels = norm.size / norm.C, count = lesser(pixels, 8);
+  const int64_t pixels = norm.size / norm.C, count = min_of(pixels, 8);
   for (int64_t c = 0; c < norm.C; ++c) {
     double sum = 0.0;
     for (int64_t k = 0; k < count; ++k) sum += to_float(d[pixels * k / count * norm.C + c]);
@@ -267,7 +268,7 @@ DZ_INLINE void store_coefficients(const Coefficients<float>& from, float* to, in
   to[kOffset * length] = from.offset;
 }
 
-// Coefficients of one perturbation from its sums [blocks, kMoments, length]. `total` is scratch of as many float64.
+// Coefficients of one perturbation from its sums [blocks, kMoments, length]. `total` is scratch [kMoments, length].
 template <typename In>
 void finish(const Norm& norm, const In* d, const float* sums, int64_t blocks, double* total, float* coefficients) {
   const int64_t length = norm.length, C = norm.C;
@@ -297,10 +298,10 @@ void finish(const Norm& norm, const In* d, const float* sums, int64_t blocks, do
   }
 }
 
-// The residual and the ReLU become types. `spread` is zero and stays so.
+// Turns the residual and the ReLU into template arguments. `scattered` holds zeros before and after.
 template <typename In, typename Out>
 void apply_block(const Norm& norm, int64_t p, const In* d, const float* coefficients, int64_t first, int64_t count,
-                 float* spread, Out* out) {
+                 float* scattered, Out* out) {
   const float *zc = norm.zc + first, *y = norm.y != nullptr ? norm.y + first : nullptr;
   const auto run = [&](const auto* residual) {
     if (y != nullptr) {
@@ -314,9 +315,9 @@ void apply_block(const Norm& norm, int64_t p, const In* d, const float* coeffici
     run(static_cast<const NoResidual*>(nullptr));
   } else if (norm.residual_channel != nullptr) {
     const float* from = static_cast<const float*>(norm.residual) + at / norm.C;
-    float* to = spread + norm.residual_channel[p];
+    float* to = scattered + norm.residual_channel[p];
     for (int64_t i = 0; i < count; i += norm.C) to[i] = *from++;
-    run(static_cast<const float*>(spread));
+    run(static_cast<const float*>(scattered));
     for (int64_t i = 0; i < count; i += norm.C) to[i] = 0.0f;
   } else if (norm.residual_half) {
     run(static_cast<const Bf16*>(norm.residual) + at);
@@ -328,32 +329,32 @@ void apply_block(const Norm& norm, int64_t p, const In* d, const float* coeffici
 template <typename In, typename Out>
 void dense(const Norm& norm, const In* delta, Out* out) {
   const int64_t P = norm.P, C = norm.C, size = norm.size, length = norm.length, pool = norm.pool;
-  const int64_t block = length * greater(8, lesser(kRows, kBlock / length)), blocks = ceil_div(size, block);
+  const int64_t block = length * max_of(8, min_of(kMaxRows, kBlock / length)), blocks = ceil_div(size, block);
   const int64_t threads = omp_get_max_threads();
-  // Several perturbations go over one block of zc, y and gap while that is in cache: as many as fit with both passes,
-  // or a few if not even one does.
+  // A group of perturbations shares each block of zc, y and gap while it is in cache. The group is as large as lets its
+  // differences stay in cache between the passes; where not even one perturbation fits, it is 8.
   const int64_t fit = threads * kCache / (size * static_cast<int64_t>(sizeof(In)));
-  const int64_t group = greater(1, lesser(P, fit > 0 ? fit : 8));
+  const int64_t group = max_of(1, min_of(P, fit > 0 ? fit : 8));
 
-  // The second pass goes by blocks of pixels, or of whole rows of windows.
+  // The second pass runs over blocks of pixels, or of whole rows of pooling windows.
   const Strips strips(norm.N, norm.H, norm.W * C, pool, block);
-  const int64_t columns = norm.W / pool, pixels = greater(1, block / C);
+  const int64_t columns = norm.W / pool, pixels = max_of(1, block / C);
   const int64_t pieces = pool > 1 ? strips.pieces : ceil_div(size, pixels * C);
   const int64_t widest = pool > 1 ? strips.widest : pixels * C;
-  const int64_t held = ceil_div(widest, 16) * 16;
+  const int64_t padded_piece = ceil_div(widest, 16) * 16;
   Scratch<float> sums(norm.training ? group * blocks * kMoments * length : 0);
-  Scratch<float> coefficients(group * kCoefficients * length), planes(threads * 3 * held);
+  Scratch<float> coefficients(group * kCoefficients * length), planes(threads * 3 * padded_piece);
   Scratch<double> totals(threads * kMoments * length);
 
 #pragma omp parallel
   {
-    float* spread = planes.data + omp_get_thread_num() * 3 * held;
-    float *moved = spread + held, *row = moved + held;
+    float* scattered = planes.data + omp_get_thread_num() * 3 * padded_piece;
+    float *change = scattered + padded_piece, *row = change + padded_piece;
     double* total = totals.data + omp_get_thread_num() * kMoments * length;
-    for (int64_t i = 0; i < held && norm.residual_channel != nullptr; ++i) spread[i] = 0.0f;
+    for (int64_t i = 0; i < padded_piece && norm.residual_channel != nullptr; ++i) scattered[i] = 0.0f;
 
     for (int64_t p0 = 0; p0 < P; p0 += group) {
-      const int64_t count = lesser(group, P - p0);
+      const int64_t count = min_of(group, P - p0);
       const In* d = delta + p0 * size;
       if (norm.training) {
 #pragma omp for schedule(static)
@@ -362,7 +363,7 @@ void dense(const Norm& norm, const In* delta, Out* out) {
         }
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; ++b) {
-          const int64_t first = b * block, part = lesser(block, size - first);
+          const int64_t first = b * block, part = min_of(block, size - first);
           for (int64_t p = 0; p < count; ++p) {
             moments(d + p * size + first, norm.zc + first, coefficients.data + p * kCoefficients * length,
                     sums.data + (p * blocks + b) * kMoments * length, part, length);
@@ -379,15 +380,15 @@ void dense(const Norm& norm, const In* delta, Out* out) {
         for (int64_t p = 0; p < count; ++p) {
           const float* own = coefficients.data + p * kCoefficients * length;
           if (pool == 1) {
-            const int64_t first = k * pixels * C, part = lesser(pixels * C, size - first);
-            apply_block(norm, p0 + p, d + p * size + first, own, first, part, spread, out + (p0 + p) * size + first);
+            const int64_t first = k * pixels * C, part = min_of(pixels * C, size - first);
+            apply_block(norm, p0 + p, d + p * size + first, own, first, part, scattered, out + (p0 + p) * size + first);
             continue;
           }
           const Piece piece = strips.piece(k);
-          apply_block(norm, p0 + p, d + p * size + piece.begin, own, piece.begin, piece.end - piece.begin, spread,
-                      moved);
+          apply_block(norm, p0 + p, d + p * size + piece.begin, own, piece.begin, piece.end - piece.begin, scattered,
+                      change);
           for (int64_t q = piece.first; q <= piece.last; ++q) {
-            pool_row(moved + (strips.start(q) - piece.begin), norm.gap + strips.start(q), row,
+            pool_row(change + (strips.start(q) - piece.begin), norm.gap + strips.start(q), row,
                      out + ((p0 + p) * strips.count + q) * columns * C, pool, strips.line, columns, C);
           }
         }

@@ -3,14 +3,14 @@
 namespace dz {
 namespace {
 
-// Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016): a tile of 6x6 inputs and a 3x3 kernel become 36 numbers each,
-// whose products become a tile of 4x4 outputs: 36 products instead of 144. The weights are shared by all images, so
-// theirs is transformed once a call. The points of interpolation are 0, +-3/4, +-3/2 and infinity: every constant of
-// the two transforms of images is a float, and errors are half of those of the usual points 0, +-1, +-2.
+// Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016). A tile of 6x6 inputs and a 3x3 kernel are transformed to 36
+// values each; their 36 products are transformed to a tile of 4x4 outputs, which directly would take 144 products. The
+// weights are transformed once per call. The interpolation points are 0, +-3/4, +-3/2 and infinity: all constants of
+// the input and output transforms are exact in float32, and errors are half those of the usual points 0, +-1, +-2.
 constexpr int kTile = 4, kPatch = 6, kPoints = kPatch * kPatch;
 constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB, kA2B2 = kA2 * kB2;
 
-// B^T x of six inputs, to out[0], out[step], ...
+// The input transform B^T x of six values, to out[0], out[step], ...
 DZ_INLINE void inputs(const Vec* x, Vec* out, int step) {
   const Vec even_a = x[4] - kB2 * x[2], odd_a = kA * (x[3] - kB2 * x[1]);
   const Vec even_b = x[4] - kA2 * x[2], odd_b = kB * (x[3] - kA2 * x[1]);
@@ -22,7 +22,7 @@ DZ_INLINE void inputs(const Vec* x, Vec* out, int step) {
   out[5 * step] = kA2B2 * x[1] - (kA2 + kB2) * x[3] + x[5];
 }
 
-// A^T m of six products.
+// The output transform A^T m of six products, to out[0], out[step], ...
 DZ_INLINE void outputs(const Vec* m, Vec* out, int step) {
   const Vec even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
   out[0] = m[0] + even_a + even_b;
@@ -31,7 +31,7 @@ DZ_INLINE void outputs(const Vec* m, Vec* out, int step) {
   out[3 * step] = kA * kA2 * odd_a + kB * kB2 * odd_b + m[5];
 }
 
-// The rows of G.
+// The rows of G, the weight transform.
 constexpr double kFa = 2.0 * kA2 * (kA2 - kB2), kFb = 2.0 * kB2 * (kB2 - kA2);
 constexpr double kG[kPatch][3] = {{1.0 / kA2B2, 0, 0},
                                   {1 / kFa, kA / kFa, kA2 / kFa},
@@ -40,13 +40,13 @@ constexpr double kG[kPatch][3] = {{1.0 / kA2B2, 0, 0},
                                   {1 / kFb, -kB / kFb, kB2 / kFb},
                                   {0, 0, 1}};
 
-// weight [O, C, 3, 3] -> out [36][C][Op], channels o beyond O zero. In double: it is done once a call.
+// weight [O, C, 3, 3] -> out [36][C][Op], zero for channels past O. In float64, as it runs only once per call.
 void transform_weights(const float* weight, float* out, int64_t C, int64_t O, int64_t Op) {
 #pragma omp parallel for schedule(static)
   for (int64_t c = 0; c < C; ++c) {
     for (int64_t o = 0; o < Op; o += 8) {
       Double8 w[3][3] = {}, half[kPatch][3];
-      for (int64_t k = 0; k < lesser(8, O - o); ++k) {
+      for (int64_t k = 0; k < min_of(8, O - o); ++k) {
         for (int t = 0; t < 9; ++t) w[t / 3][t % 3][k] = weight[((o + k) * C + c) * 9 + t];
       }
       for (int i = 0; i < kPatch; ++i) {
@@ -57,16 +57,16 @@ void transform_weights(const float* weight, float* out, int64_t C, int64_t O, in
           const Double8 value = kG[j][0] * half[i][0] + kG[j][1] * half[i][1] + kG[j][2] * half[i][2];
           const int64_t at = ((i * kPatch + j) * C + c) * Op + o;
           const Float8 rounded = __builtin_convertvector(value, Float8);
-          __builtin_memcpy(out + at, &rounded, static_cast<size_t>(lesser(8, Op - o)) * sizeof(float));
+          __builtin_memcpy(out + at, &rounded, static_cast<size_t>(min_of(8, Op - o)) * sizeof(float));
         }
       }
     }
   }
 }
 
-// Tiles of one chunk, whose transforms stay in the second-level cache; a multiple of every number of rows below.
+// Tiles per chunk: the transforms of a chunk stay in L2. A multiple of rows(1), rows(2) and rows(4).
 constexpr int64_t kChunk = kLanes == 16 ? 56 : 48;
-// Rows of a product that keep the sums of REGISTERS registers of channels in registers.
+// Rows of a product whose accumulators, of `registers` registers per row, fit in the register file.
 constexpr int rows(int registers) { return (kLanes == 16 ? 28 : 12) / registers; }
 
 // m[r, 0 .. REGISTERS registers) = sum_c v[r, c] u[c, :] for ROWS rows.
@@ -111,18 +111,18 @@ struct Images {
   int64_t count, H, W, C, Ho, Wo, O, pad_h, pad_w;
 };
 
-// Where a tile lies: its image and its first output pixel.
-struct Place {
+// The image of a tile, and its first output pixel.
+struct TileOrigin {
   int64_t image, u, v;
 };
 
-DZ_INLINE Place place(const Images& s, int64_t tile) {
+DZ_INLINE TileOrigin tile_origin(const Images& s, int64_t tile) {
   const int64_t across = ceil_div(s.Wo, kTile), down = ceil_div(s.Ho, kTile);
   return {tile / (across * down), tile / across % down * kTile, tile % across * kTile};
 }
 
-// One tile of delta [count, H, W, C], transformed to v[point * step + c].
-DZ_INLINE void gather(const Images& s, const float* delta, const Place& at, const float* zeros, float* v,
+// Transforms one tile of delta [count, H, W, C] to v[point * step + c].
+DZ_INLINE void gather(const Images& s, const float* delta, const TileOrigin& at, const float* zeros, float* v,
                       int64_t step) {
   const float* from[kPatch][kPatch];
   for (int i = 0; i < kPatch; ++i) {
@@ -134,7 +134,7 @@ DZ_INLINE void gather(const Images& s, const float* delta, const Place& at, cons
     }
   }
   for (int64_t c = 0; c < s.C; c += kLanes) {
-    const int64_t left = lesser(kLanes, s.C - c);
+    const int64_t left = min_of(kLanes, s.C - c);
     Vec half[kPatch][kPatch];
 #pragma GCC unroll 6
     for (int j = 0; j < kPatch; ++j) {
@@ -144,7 +144,7 @@ DZ_INLINE void gather(const Images& s, const float* delta, const Place& at, cons
         for (int i = 0; i < kPatch; ++i) x[i] = load<Vec>(from[i][j] + c);
       } else {
 #pragma GCC unroll 6
-        for (int i = 0; i < kPatch; ++i) x[i] = load_some(from[i][j] + c, left);
+        for (int i = 0; i < kPatch; ++i) x[i] = load_partial(from[i][j] + c, left);
       }
       inputs(x, &half[0][j], kPatch);
     }
@@ -158,12 +158,12 @@ DZ_INLINE void gather(const Images& s, const float* delta, const Place& at, cons
   }
 }
 
-// The products m[point * step + o] of one tile, transformed to out [count, Ho, Wo, O].
-DZ_INLINE void scatter(const Images& s, const float* m, int64_t step, const Place& at, float* out) {
-  const int64_t high = lesser(kTile, s.Ho - at.u), wide = lesser(kTile, s.Wo - at.v);
+// Transforms the products m[point * step + o] of one tile to out [count, Ho, Wo, O].
+DZ_INLINE void scatter(const Images& s, const float* m, int64_t step, const TileOrigin& at, float* out) {
+  const int64_t tile_rows = min_of(kTile, s.Ho - at.u), tile_columns = min_of(kTile, s.Wo - at.v);
   float* to = out + ((at.image * s.Ho + at.u) * s.Wo + at.v) * s.O;
   for (int64_t o = 0; o < s.O; o += kLanes) {
-    const int64_t left = lesser(kLanes, s.O - o);
+    const int64_t left = min_of(kLanes, s.O - o);
     Vec half[kTile][kPatch];
 #pragma GCC unroll 6
     for (int j = 0; j < kPatch; ++j) {
@@ -176,15 +176,15 @@ DZ_INLINE void scatter(const Images& s, const float* m, int64_t step, const Plac
     for (int i = 0; i < kTile; ++i) {
       Vec y[kTile];
       outputs(half[i], y, 1);
-      if (i >= high) continue;
+      if (i >= tile_rows) continue;
 #pragma GCC unroll 4
       for (int j = 0; j < kTile; ++j) {
         float* pixel = to + (i * s.Wo + j) * s.O + o;
-        if (j >= wide) {
+        if (j >= tile_columns) {
         } else if (left == kLanes) {
           store(pixel, y[j]);
         } else {
-          store_some(pixel, y[j], left);
+          store_partial(pixel, y[j], left);
         }
       }
     }
@@ -214,14 +214,15 @@ DZ_KERNEL(dense_conv2d, (const float* delta,   // [images, H, W, C]
 
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < tiles; first += kChunk) {
-      const int64_t count = lesser(kChunk, tiles - first);
-      // a chunk that is not full multiplies rows of nothing
+      const int64_t count = min_of(kChunk, tiles - first);
+      // the product runs over whole blocks of rows: those past the last tile must be finite
       if (count < kChunk) __builtin_memset(v, 0, static_cast<size_t>(v_size) * sizeof(float));
-      for (int64_t t = 0; t < count; ++t) gather(s, delta, place(s, first + t), zeros.data, v + t * Cp, kChunk * Cp);
+      for (int64_t t = 0; t < count; ++t)
+        gather(s, delta, tile_origin(s, first + t), zeros.data, v + t * Cp, kChunk * Cp);
       for (int64_t k = 0; k < kPoints; ++k) {
         multiply(v + k * kChunk * Cp, u.data + k * C * Op, m + k * kChunk * Op, count, C, Cp, Op);
       }
-      for (int64_t t = 0; t < count; ++t) scatter(s, m + t * Op, kChunk * Op, place(s, first + t), out);
+      for (int64_t t = 0; t < count; ++t) scatter(s, m + t * Op, kChunk * Op, tile_origin(s, first + t), out);
     }
   }
 }

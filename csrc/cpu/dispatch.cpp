@@ -3,7 +3,7 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "kernel_list.h"  // DZ_KERNELS(KERNEL), a KERNEL(op) for every op: written by setup.py
+#include "kernel_list.h"  // written by setup.py: DZ_KERNELS(KERNEL) is KERNEL(op) for every op
 
 #ifdef DZ_X86
 #include <cpuid.h>
@@ -40,27 +40,28 @@ constexpr const Kernel* kKernels[][kLevelCount] = {
     DZ_KERNELS(DZ_ROW)};
 
 #ifdef DZ_X86
-// Whether the CPU multiplies tiles of bfloat16 and the system saves them; it wants to be asked, once a process.
-bool has_tiles() {
+// Why this process cannot use AMX for bfloat16; empty if it can. Besides the CPU feature it needs permission from the
+// operating system, which saves the tile registers only for processes that request them (Linux 5.16).
+std::string amx_refusal() {
   unsigned a, b, c, d;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  if ((d >> 22 & 1) == 0 || (d >> 24 & 1) == 0) return false;  // AMX-BF16, AMX-TILE
+  const bool found = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0;
+  if (!found || (d >> 22 & 1) == 0 || (d >> 24 & 1) == 0) return "this CPU has no amx-bf16";  // AMX-BF16, AMX-TILE
 #ifdef __linux__
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-  static const bool lent = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  return lent;
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted ? "" : "the operating system refused permission to use amx-bf16";
 #else
-  return false;
+  return "this operating system has no permission for amx-bf16 to request";
 #endif
 }
 #endif
 
-// The first feature of `level` that this CPU lacks, or null.
-const char* missing_feature(const std::string& level) {
+// Why this machine cannot run a level that was built; empty if it can.
+std::string unsupported(const std::string& level) {
 #ifdef DZ_X86
   __builtin_cpu_init();
 #define DZ_NEED(feature) \
-  if (!__builtin_cpu_supports(feature)) return feature;
+  if (!__builtin_cpu_supports(feature)) return "this CPU has no " feature;
   if (level != "base") {
     DZ_NEED("avx2") DZ_NEED("fma") DZ_NEED("bmi") DZ_NEED("bmi2")
   }
@@ -69,16 +70,16 @@ const char* missing_feature(const std::string& level) {
   }
   if (level == "amx") {
     DZ_NEED("avx512bf16")
-    if (!has_tiles()) return "amx-bf16, or its system does not lend it";
+    return amx_refusal();
   }
 #undef DZ_NEED
 #else
   (void)level;
 #endif
-  return nullptr;
+  return "";
 }
 
-// The place of a level among those built, or -1.
+// Index of a level among those built, or -1.
 int find(const std::string& name) {
   for (size_t i = 0; i < kLevelCount; ++i) {
     if (name == kLevels[i]) return static_cast<int>(i);
@@ -105,14 +106,13 @@ std::string isa_refusal(const std::string& name) {
     for (const char* level : kLevels) known += (known.empty() ? "" : ", ") + std::string(level);
     return "'" + name + "' is not one of the levels built: " + known;
   }
-  const char* missing = missing_feature(name);
-  return missing == nullptr ? "" : "this CPU has no " + std::string(missing);
+  return unsupported(name);
 }
 
 std::string isa_best() {
   std::string best = "base";
   for (const char* level : kLevels) {
-    if (missing_feature(level) == nullptr) best = level;
+    if (unsupported(level).empty()) best = level;
   }
   return best;
 }
@@ -135,7 +135,7 @@ const Kernel* const* kernel_levels(const std::string& name) {
   for (const auto& levels : kKernels) {
     if (name == levels[0]->name) return levels;
   }
-  throw std::invalid_argument("there is no kernel '" + name + "'");
+  throw std::invalid_argument("no kernel is named '" + name + "'");
 }
 
 const Kernel& at_level_in_use(const Kernel* const* levels) { return *levels[current()]; }

@@ -1,4 +1,4 @@
-// Exponentials of whole registers, and registers that memory fills only in part.
+// Vector exponentials, partial loads and stores, and reductions.
 #pragma once
 
 #include "common.h"
@@ -21,16 +21,16 @@ constexpr Mask kLane = {0, 1, 2, 3, 4, 5, 6, 7};
 constexpr Mask kLane = {0, 1, 2, 3};
 #endif
 
-constexpr int64_t kLaneTerms = 8;  // float32 terms that a lane adds before the sum goes on in float64
-constexpr int64_t kTogether = 8;   // rows whose divisions, roots and logarithms overlap
+constexpr int64_t kLaneTerms = 8;  // float32 terms that a lane sums before the total is widened to float64
+constexpr int64_t kRowBatch = 8;   // rows processed together, to overlap the latency of divisions, roots and logarithms
 
 #if defined(__AVX512F__)
 // The first n lanes from memory, the others 0; 0 <= n <= kLanes.
-DZ_INLINE Vec load_some(const float* p, int64_t n) {
+DZ_INLINE Vec load_partial(const float* p, int64_t n) {
   return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
 }
 
-DZ_INLINE void store_some(float* p, Vec v, int64_t n) {
+DZ_INLINE void store_partial(float* p, Vec v, int64_t n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
 }
 
@@ -40,7 +40,7 @@ DZ_INLINE Vec load_between(const float* p, int64_t first, int64_t last) {
   return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(mask, p));
 }
 
-DZ_INLINE Vec load_some(const Bf16* p, int64_t n) {
+DZ_INLINE Vec load_partial(const Bf16* p, int64_t n) {
   const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
   return load_vec(reinterpret_cast<const Bf16*>(&bits));
 }
@@ -49,7 +49,7 @@ DZ_INLINE __m256i first_lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-DZ_INLINE Vec load_some(const float* p, int64_t n) {
+DZ_INLINE Vec load_partial(const float* p, int64_t n) {
   return reinterpret_cast<Vec>(_mm256_maskload_ps(p, first_lanes(n)));
 }
 
@@ -57,11 +57,11 @@ DZ_INLINE Vec load_between(const float* p, int64_t first, int64_t last) {
   return reinterpret_cast<Vec>(_mm256_maskload_ps(p, _mm256_andnot_si256(first_lanes(first), first_lanes(last))));
 }
 
-DZ_INLINE void store_some(float* p, Vec v, int64_t n) {
+DZ_INLINE void store_partial(float* p, Vec v, int64_t n) {
   _mm256_maskstore_ps(p, first_lanes(n), reinterpret_cast<__m256>(v));
 }
 #else
-DZ_INLINE Vec load_some(const float* p, int64_t n) {
+DZ_INLINE Vec load_partial(const float* p, int64_t n) {
   if (n == kLanes) return load<Vec>(p);
   Vec v = {};
   for (int64_t i = 0; i < n; ++i) v[i] = p[i];
@@ -74,14 +74,14 @@ DZ_INLINE Vec load_between(const float* p, int64_t first, int64_t last) {
   return v;
 }
 
-DZ_INLINE void store_some(float* p, Vec v, int64_t n) {
+DZ_INLINE void store_partial(float* p, Vec v, int64_t n) {
   if (n == kLanes) return store(p, v);
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 #endif
 
 #if !defined(__AVX512F__)
-DZ_INLINE Vec load_some(const Bf16* p, int64_t n) {
+DZ_INLINE Vec load_partial(const Bf16* p, int64_t n) {
   if (n == kLanes) return load_vec(p);
   Bf16 values[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) values[i] = p[i];
@@ -89,15 +89,15 @@ DZ_INLINE Vec load_some(const Bf16* p, int64_t n) {
 }
 #endif
 
-// The first `count` lanes, 0 <= count < kLanes.
-DZ_INLINE void store_first(float* to, Vec v, int64_t count) { store_some(to, v, count); }
+// Stores the first `count` lanes, 0 <= count < kLanes.
+DZ_INLINE void store_first(float* to, Vec v, int64_t count) { store_partial(to, v, count); }
 
 DZ_INLINE void store_first(Bf16* to, Vec v, int64_t count) {
   Bf16 values[kLanes];
   store_vec(values, v);
   const Bf16* from = values;
 #pragma GCC unroll 4
-  for (int64_t size = kLanes / 2; size > 0; size /= 2) {  // in pieces of fixed size
+  for (int64_t size = kLanes / 2; size > 0; size /= 2) {  // in powers of two: the size of each copy is a constant
     if ((count & size) != 0) {
       __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(Bf16));
       to += size;
@@ -106,7 +106,7 @@ DZ_INLINE void store_first(Bf16* to, Vec v, int64_t count) {
   }
 }
 
-// do_all(from, to) with delta and out as what they hold: Bf16 where `half` or `out_half` says so, else float.
+// Calls do_all(delta, out) with typed pointers: Bf16 where `half` or `out_half` is set, else float.
 template <typename F>
 DZ_INLINE void with_types(const void* delta, bool half, void* out, bool out_half, F do_all) {
   const auto run = [&](const auto* from) {
@@ -135,7 +135,7 @@ DZ_INLINE bool any(Mask m) { return _mm256_movemask_ps(reinterpret_cast<__m256>(
 DZ_INLINE bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 #endif
 
-// The first operand where it is NaN.
+// max and min that return v where v is NaN.
 DZ_INLINE Vec at_least(Vec v, Vec bound) { return v < bound ? bound : v; }
 DZ_INLINE Vec at_most(Vec v, Vec bound) { return v > bound ? bound : v; }
 
@@ -145,7 +145,7 @@ DZ_INLINE Double8 widen_low(Vec v) {
   return widen(part);
 }
 
-// Each lane of v in float64, added up by eights.
+// v in float64, folded to eight lanes.
 DZ_INLINE Double8 widen_sum(Vec v) {
 #if defined(__AVX512F__)
   Float8 high;
@@ -156,7 +156,7 @@ DZ_INLINE Double8 widen_sum(Vec v) {
 #endif
 }
 
-// As totals_of, of one.
+// The sum of the lanes, in the order of totals_of.
 DZ_INLINE double total_of(Double8 v) {
   typedef double Double4 __attribute__((vector_size(32)));
   typedef double Double2 __attribute__((vector_size(16)));
@@ -169,7 +169,7 @@ DZ_INLINE double total_of(Double8 v) {
   return two[0] + two[1];
 }
 
-// Lane i: the sum of v[i], by halves of a register as in total_of.
+// Lane i is the sum of the lanes of v[i]. Halves of the register are added to each other until one lane is left.
 DZ_INLINE Double8 totals_of(const Double8 (&v)[8]) {
   Double8 four[4], two[2];  // rows i and i + 4; then i, i + 2, i + 4, i + 6
 #pragma GCC unroll 4
@@ -186,7 +186,7 @@ DZ_INLINE Double8 totals_of(const Double8 (&v)[8]) {
          __builtin_shuffle(two[0], two[1], Lanes8{1, 9, 3, 11, 5, 13, 7, 15});
 }
 
-// x = k ln 2 + r with |r| <= 0.347, `scale` = 2^k; -87 <= x <= 88 or NaN.
+// Returns r with x = k ln 2 + r and |r| <= 0.347, and scale = 2^k; for -87 <= x <= 88 or NaN.
 DZ_INLINE Vec reduce(Vec x, Vec& scale) {
   constexpr float log2e = 1.44269504f, ln2_high = 0x1.62ep-1f, ln2_low = 0x1.0bfbe8p-15f;
   constexpr float shifter = 0x1.8p23f;  // adding it rounds to an integer, which then sits in the low bits
@@ -196,7 +196,7 @@ DZ_INLINE Vec reduce(Vec x, Vec& scale) {
   return (x - k * ln2_high) - k * ln2_low;
 }
 
-// exp(r) - 1 for |r| <= 0.347. The first Taylor term left out, r^7 / 8! of the result, is below 2e-8 of it.
+// exp(r) - 1 for |r| <= 0.347. The first omitted Taylor term, r^8 / 8!, is below 2e-8 of the result.
 DZ_INLINE Vec expm1_near(Vec r) {
   Vec q = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
   q = q * r + 1.0f / 120.0f;
@@ -206,21 +206,21 @@ DZ_INLINE Vec expm1_near(Vec r) {
   return r + r * r * q;
 }
 
-// exp(x) - 1 with a relative error below 4 roundings. Smaller x count as -87, larger ones as 88; NaN stays NaN.
+// exp(x) - 1 with a relative error below 4 u. x is clamped to -87 .. 88; NaN stays NaN.
 DZ_INLINE Vec expm1_vec(Vec x) {
   Vec scale;
   const Vec near = expm1_near(reduce(at_most(at_least(x, Vec{} - 87.0f), Vec{} + 88.0f), scale));
   return near * scale + (scale - 1.0f);
 }
 
-// exp(x), likewise.
+// exp(x), with the same error and the same clamping.
 DZ_INLINE Vec exp_vec(Vec x) {
   Vec scale;
   const Vec near = expm1_near(reduce(at_most(at_least(x, Vec{} - 87.0f), Vec{} + 88.0f), scale));
   return near * scale + scale;
 }
 
-// exp(x) to about two units in the last place. Smaller x count as -708, larger ones as 708; NaN stays NaN.
+// exp(x) with an error of about 2 ulps. x is clamped to -708 .. 708; NaN stays NaN.
 DZ_INLINE Double8 exp_8(Double8 x) {
   constexpr double log2e = 1.4426950408889634, ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
   constexpr double shifter = 0x1.8p52;

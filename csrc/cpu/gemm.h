@@ -1,4 +1,4 @@
-// Products of small matrices whose right factor is packed once and used many times.
+// Matrix products for small matrices. The right factor is packed once and used many times.
 #pragma once
 
 #include "elementary.h"
@@ -6,17 +6,17 @@
 namespace dz {
 namespace {
 
-constexpr int64_t kWidest = kLanes == 16 ? 4 : 2;  // registers of columns in a panel, at most
+constexpr int64_t kPanelRegisters = kLanes == 16 ? 4 : 2;  // maximum registers of columns in a panel
 
-// Numbers in a row of a panel: what leaves the widest last panel.
+// Columns of a panel: kPanelRegisters registers, or one register less where that leaves a wider last panel.
 DZ_INLINE int64_t panel_width(int64_t columns) {
-  const int64_t registers = ceil_div(columns, kLanes), least = kWidest - 1;
-  const bool fewer =
-      kLanes == 16 && registers % kWidest != 0 && (registers % least == 0 || registers % kWidest < registers % least);
-  return (fewer ? least : kWidest) * kLanes;
+  const int64_t registers = ceil_div(columns, kLanes), least = kPanelRegisters - 1;
+  const bool fewer = kLanes == 16 && registers % kPanelRegisters != 0 &&
+                     (registers % least == 0 || registers % kPanelRegisters < registers % least);
+  return (fewer ? least : kPanelRegisters) * kLanes;
 }
 
-// The squares of H lanes off the diagonal change places.
+// One step of a register transpose: swaps the off-diagonal H x H blocks. transpose<1> runs the steps H = 1, 2, 4, ...
 template <int H>
 DZ_INLINE void transpose(Vec (&v)[kLanes]) {
   constexpr int lanes = kLanes;
@@ -33,27 +33,28 @@ DZ_INLINE void transpose(Vec (&v)[kLanes]) {
   if constexpr (2 * H < kLanes) transpose<2 * H>(v);
 }
 
-// A matrix with `depth` rows that is multiplied from the left lies in panels of panel_width(columns), the last one
-// narrower, each [depth][its columns], filled up with zeros. These two write some of its rows, beginning at `first`.
+// A packed right factor [depth, columns] is a sequence of panels, each [depth][panel_width(columns)]; the last panel is
+// narrower. Columns are padded with zeros to whole registers. pack and pack_transposed write `rows` rows of it,
+// starting at row `first`.
 
-// The columns are the rows of `from`, which has `rows` values each.
+// Row r, column c is from[c * stride + r].
 template <typename T>
-void pack_turned(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t depth, int64_t first,
-                 float* to) {
+void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t depth, int64_t first,
+                     float* to) {
   const int64_t all = ceil_div(columns, kLanes) * kLanes, widest = panel_width(columns);
   for (int64_t c = 0; c < all; c += kLanes) {
-    const int64_t panel = c / widest * widest, width = lesser(widest, all - panel);
-    const int64_t count = lesser(kLanes, columns - c);
+    const int64_t panel = c / widest * widest, width = min_of(widest, all - panel);
+    const int64_t count = min_of(kLanes, columns - c);
     float* out = to + panel * depth + first * width + (c - panel);
     for (int64_t r = 0; r < rows; r += kLanes) {
-      const int64_t size = lesser(kLanes, rows - r);
+      const int64_t size = min_of(kLanes, rows - r);
       Vec v[kLanes];
       if (count == kLanes && size == kLanes) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) v[i] = load_vec(from + (c + i) * stride + r);
       } else {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) v[i] = i < count ? load_some(from + (c + i) * stride + r, size) : Vec{};
+        for (int i = 0; i < kLanes; ++i) v[i] = i < count ? load_partial(from + (c + i) * stride + r, size) : Vec{};
       }
       transpose<1>(v);
       if (size == kLanes) {
@@ -73,14 +74,14 @@ template <typename T>
 void pack(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t depth, int64_t first, float* to) {
   const int64_t all = ceil_div(columns, kLanes) * kLanes, widest = panel_width(columns);
   for (int64_t c = 0; c < all; c += kLanes) {
-    const int64_t panel = c / widest * widest, width = lesser(widest, all - panel);
-    const int64_t count = lesser(kLanes, columns - c);
+    const int64_t panel = c / widest * widest, width = min_of(widest, all - panel);
+    const int64_t count = min_of(kLanes, columns - c);
     float* out = to + panel * depth + first * width + (c - panel);
-    for (int64_t r = 0; r < rows; ++r) store(out + r * width, load_some(from + r * stride + c, count));
+    for (int64_t r = 0; r < rows; ++r) store(out + r * width, load_partial(from + r * stride + c, count));
   }
 }
 
-// Where the rows of a panel begin: one after the other, or anywhere.
+// Offsets of the rows of a panel: contiguous in a packed matrix, arbitrary with RowOffsets.
 struct Packed {
   template <int REGISTERS>
   DZ_INLINE int64_t row(int64_t t) const {
@@ -88,19 +89,19 @@ struct Packed {
   }
 };
 
-struct Placed {
-  const int64_t* places;
+struct RowOffsets {
+  const int64_t* offsets;
 
   template <int REGISTERS>
   DZ_INLINE int64_t row(int64_t t) const {
-    return places[t];
+    return offsets[t];
   }
 };
 
-// out[i, j] = sum_t left[i, t] * panel[t, j] for ROWS rows and REGISTERS registers of columns. The accumulators never
-// leave registers; the sum runs over t in order, in every tile shape alike.
+// out[i, j] = sum_t left[i, t] * panel[t, j] for ROWS rows and REGISTERS registers of columns. The accumulators stay in
+// registers. The sum runs over t in order whatever the tile shape, so results do not depend on the tiling.
 template <int ROWS, int REGISTERS, typename Layout, typename Out>
-DZ_INLINE void tile(const float* left, int64_t left_row, const float* panel, Layout place, int64_t depth, Out* out,
+DZ_INLINE void tile(const float* left, int64_t left_row, const float* panel, Layout layout, int64_t depth, Out* out,
                     int64_t out_row, int64_t columns) {
   Vec sum[ROWS][REGISTERS];
 #pragma GCC unroll 16
@@ -111,7 +112,7 @@ DZ_INLINE void tile(const float* left, int64_t left_row, const float* panel, Lay
   for (int64_t t = 0; t < depth; ++t) {
     Vec right[REGISTERS];
 #pragma GCC unroll 4
-    for (int r = 0; r < REGISTERS; ++r) right[r] = load<Vec>(panel + place.template row<REGISTERS>(t) + r * kLanes);
+    for (int r = 0; r < REGISTERS; ++r) right[r] = load<Vec>(panel + layout.template row<REGISTERS>(t) + r * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       const Vec value = left[i * left_row + t] - Vec{};
@@ -134,14 +135,15 @@ DZ_INLINE void tile(const float* left, int64_t left_row, const float* panel, Lay
   }
 }
 
-// The last tile, which may be half of one, overlaps the one before it and writes the same values again.
+// All rows of one panel. The last tile, of ROWS rows or half as many, overlaps the previous one and writes the same
+// values again.
 template <int ROWS, int REGISTERS, typename Layout, typename Out>
 void panel_product(const float* left, int64_t left_row, int64_t rows, const float* panel, Layout place, int64_t depth,
                    Out* out, int64_t out_row, int64_t columns) {
   constexpr int half = (ROWS + 1) / 2;
   int64_t i = 0;
   for (; i + half < rows && rows >= ROWS; i += ROWS) {
-    const int64_t at = lesser(i, rows - ROWS);
+    const int64_t at = min_of(i, rows - ROWS);
     tile<ROWS, REGISTERS>(left + at * left_row, left_row, panel, place, depth, out + at * out_row, out_row, columns);
   }
   if (i >= rows) return;
@@ -154,10 +156,10 @@ void panel_product(const float* left, int64_t left_row, int64_t rows, const floa
   }
 }
 
-// Rows of a tile: its sums fill at most three quarters of the 32 (AVX-512) or 16 registers.
+// Rows of a tile: the accumulators take at most three quarters of the 32 (AVX-512) or 16 registers.
 constexpr int tile_rows(int registers) { return kLanes == 16 && registers < 4 ? 8 : registers == 1 ? 8 : 6; }
 
-// The panel that has room for `columns`, but no whole register too many.
+// Uses the fewest registers that hold `columns`.
 template <int REGISTERS, typename Layout, typename Out>
 void fitting_product(const float* left, int64_t left_row, int64_t rows, const float* panel, Layout place, int64_t depth,
                      Out* out, int64_t out_row, int64_t columns) {
@@ -168,44 +170,51 @@ void fitting_product(const float* left, int64_t left_row, int64_t rows, const fl
   }
 }
 
-// out[rows, columns] = left[rows, depth] times a packed matrix.
+// out[rows, columns] = left[rows, depth] packed[depth, columns]
 template <typename Out>
 void product(const float* left, int64_t left_row, int64_t rows, const float* packed, int64_t depth, Out* out,
              int64_t out_row, int64_t columns) {
   const int64_t widest = panel_width(columns);
   for (int64_t c = 0; c < columns; c += widest) {
-    const int64_t count = lesser(widest, columns - c);
-    fitting_product<kWidest>(left, left_row, rows, packed + c * depth, Packed(), depth, out + c, out_row, count);
+    const int64_t count = min_of(widest, columns - c);
+    fitting_product<kPanelRegisters>(left, left_row, rows, packed + c * depth, Packed(), depth, out + c, out_row,
+                                     count);
   }
 }
 
-// The same with a right factor whose rows begin at the `places` of `right`; they are read in whole registers.
+// The same where row t of the right factor starts at right + offsets[t]. Rows are read in whole registers, so memory
+// past their last column must be readable.
 template <typename Out>
-void product_of_rows(const float* left, int64_t left_row, int64_t rows, const float* right, const int64_t* places,
+void product_of_rows(const float* left, int64_t left_row, int64_t rows, const float* right, const int64_t* offsets,
                      int64_t depth, Out* out, int64_t out_row, int64_t columns) {
-  for (int64_t c = 0; c < columns; c += kWidest * kLanes) {
-    const int64_t count = lesser(kWidest * kLanes, columns - c);
-    fitting_product<kWidest>(left, left_row, rows, right + c, Placed{places}, depth, out + c, out_row, count);
+  for (int64_t c = 0; c < columns; c += kPanelRegisters * kLanes) {
+    const int64_t count = min_of(kPanelRegisters * kLanes, columns - c);
+    fitting_product<kPanelRegisters>(left, left_row, rows, right + c, RowOffsets{offsets}, depth, out + c, out_row,
+                                     count);
   }
 }
 
-// --- One interface to products in float32 and of bfloat16 factors with sums in float32. `Number` is what both factors
-// are held in; a left factor has depth(K) numbers a row and a multiple of kRows rows, whatever is there finite. With
-// kPlain it need not be longer than the matrix is, and nothing is written beyond the result.
+// One interface to two products with float32 sums: of float32 factors, and of bfloat16 factors on AMX tiles.
+//
+//   Number     type of both factors
+//   kRows      rows of the left factor are padded to a multiple of it; padding must be finite
+//   depth(K)   padded length of a row of the left factor
+//   kUnpadded  true where the left factor needs no padding and nothing is written outside [rows, columns]
+//   Session    state that a thread holds while it multiplies
 
-// kRound: the right factor is rounded to bfloat16.
+// kRound rounds the right factor to bfloat16.
 template <bool kRound>
 struct VectorProduct {
   typedef float Number;
   static constexpr int64_t kRows = 1;
-  static constexpr bool kPlain = true;
-  struct Session {};  // what a thread needs while it multiplies
+  static constexpr bool kUnpadded = true;
+  struct Session {};
 
   static int64_t depth(int64_t K) { return K; }
 
-  // from [columns, K], to [K, columns] with whole registers of columns
+  // Packs from [columns, K] as the right factor [K, columns].
   static void pack(const float* from, int64_t columns, int64_t K, float* to) {
-    pack_turned(from, K, K, columns, K, 0, to);
+    pack_transposed(from, K, K, columns, K, 0, to);
     if (!kRound) return;
     for (int64_t i = 0; i < ceil_div(columns, kLanes) * kLanes * K; ++i) {
       Bf16 half;
@@ -228,11 +237,11 @@ struct TileShapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// A packed matrix is [columns / 16][depth / 32] tiles of 16 pairs of rows with 16 columns.
+// A packed matrix is [columns / 16][depth / 32] tiles. A tile holds 16 pairs of rows by 16 columns.
 struct HalfProduct {
   typedef Bf16 Number;
   static constexpr int64_t kRows = 32;
-  static constexpr bool kPlain = false;
+  static constexpr bool kUnpadded = false;
   struct Session {
     Session() {
       const TileShapes shapes;
@@ -268,7 +277,8 @@ struct HalfProduct {
   }
 
  private:
-  // 32 rows and 16 or 32 columns of the result. The intrinsics do not say that they read and write memory.
+  // 32 rows by 16 or 32 columns of the result. The compiler is not told that the intrinsics access memory, hence the
+  // barriers.
   template <bool kTwo>
   static void block(const Bf16* left, int64_t left_row, const Bf16* packed, int64_t depth, float* out,
                     int64_t out_row) {

@@ -1,36 +1,36 @@
-// How a kernel makes itself known: <op>.cpp ends with
+// How a kernel registers itself: <op>.cpp ends with
 //
 //   DZ_KERNEL(<op>, (const float* x, float* out, int64_t P, double eps, bool relu)) { ... }
 //
-// which defines the one external symbol of that file compiled for level DZ_ISA, for example the record conv2d_tap_v3.
-// It is a constant: no code of a level runs before the level is chosen. setup.py finds the files, dispatch.cpp collects
-// the records, and everybody calls a kernel through its record.
+// which defines a record, the only external symbol of the file at level DZ_ISA: conv2d_tap_v3, for example. The record
+// is a compile-time constant, so no code of a level runs before that level is chosen. setup.py finds the files,
+// dispatch.cpp collects the records, and every call goes through a record.
 //
 // In signatures: P perturbations, N samples, [H, W] input plane, [Ho, Wo] output plane. Strides are in elements.
-// Tensors without strides are contiguous; what is named half is bfloat16. Arguments are checked by
-// dzkernels/ops/<op>.py, which also holds the contract of the op.
+// Tensors without strides are contiguous. `half`, or a name ending in it, says that a tensor is bfloat16.
+// dzkernels/ops/<op>.py checks the arguments and holds the contract of the op.
 #pragma once
 
 #include <cstdint>
 
 namespace dz {
 
-// An argument on its way to a kernel.
+// One argument of a kernel, passed from Python.
 union Word {
   const void* address;
-  int64_t integer;  // of a bool too
+  int64_t integer;  // or bool
   double real;
 };
 
 struct Kernel {
   const char* name;
-  const char* codes;  // a letter per argument: p pointer, i integer, d double, b bool
+  const char* codes;  // one letter per argument: p pointer, i integer, d double, b bool
   void (*call)(const Word* arguments);
 };
 
 namespace {
 
-// What stands here is instantiated anew at every level, in an unnamed namespace: see common.h.
+// In an unnamed namespace because every level instantiates these templates itself: see common.h.
 template <typename T>
 struct Argument;
 template <typename T>
@@ -55,12 +55,12 @@ struct Argument<bool> {
 };
 
 template <int... kAt>
-struct Places {};
+struct Indices {};
 template <int kCount, int... kAt>
-struct MakePlaces : MakePlaces<kCount - 1, kCount - 1, kAt...> {};
+struct MakeIndices : MakeIndices<kCount - 1, kCount - 1, kAt...> {};
 template <int... kAt>
-struct MakePlaces<0, kAt...> {
-  using type = Places<kAt...>;
+struct MakeIndices<0, kAt...> {
+  using type = Indices<kAt...>;
 };
 
 template <typename Function>
@@ -70,12 +70,12 @@ struct Signature<void(Args...)> {
   static constexpr char codes[] = {Argument<Args>::code..., '\0'};
 
   template <void (*kKernel)(Args...), int... kAt>
-  static void unpack(const Word* words, Places<kAt...>) {
+  static void unpack(const Word* words, Indices<kAt...>) {
     kKernel(Argument<Args>::get(words[kAt])...);
   }
   template <void (*kKernel)(Args...)>
   static void call(const Word* words) {
-    unpack<kKernel>(words, typename MakePlaces<sizeof...(Args)>::type());
+    unpack<kKernel>(words, typename MakeIndices<sizeof...(Args)>::type());
   }
 };
 

@@ -1,4 +1,4 @@
-// How rows of differences come into linear layers and leave them.
+// Loads the rows of differences that enter a linear layer, and stores those that leave it.
 #pragma once
 
 #include "gemm.h"
@@ -9,7 +9,7 @@ namespace {
 
 template <typename In>
 DZ_INLINE Vec load_any(const In* from, int64_t count) {
-  return count == kLanes ? load_vec(from) : load_some(from, count);
+  return count == kLanes ? load_vec(from) : load_partial(from, count);
 }
 
 template <typename To>
@@ -24,7 +24,7 @@ DZ_INLINE void store_any(To* to, Vec v, int64_t count) {
 template <typename In, typename To>
 void convert(const In* from, To* to, int64_t size) {
   for (int64_t i = 0; i < size; i += kLanes) {
-    const int64_t count = lesser(kLanes, size - i);
+    const int64_t count = min_of(kLanes, size - i);
     store_any(to + i, load_any(from + i, count), count);
   }
 }
@@ -33,28 +33,29 @@ void convert(const In* from, To* to, int64_t size) {
 template <typename B, typename To>
 void add(const float* a, const B* b, To* to, int64_t size) {
   for (int64_t i = 0; i < size; i += kLanes) {
-    const int64_t count = lesser(kLanes, size - i);
+    const int64_t count = min_of(kLanes, size - i);
     store_any(to + i, load_any(a + i, count) + load_any(b + i, count), count);
   }
 }
 
-// The layer norm before a layer; zc null: there is none.
+// The layer norm before a linear layer; null zc: no norm.
 struct Norm {
   const float* zc;     // [R, K]
   const double* var;   // [R]
-  const float* gamma;  // [K] or null: 1
+  const float* gamma;  // [K]; null: all ones
   double eps;
 };
 
-// Floats that take_rows needs for rows of K numbers.
-DZ_INLINE int64_t taking(int64_t K) { return ceil_div(kTogether * K, 16) * 16; }
+// Scratch floats that load_rows needs for rows of K numbers.
+DZ_INLINE int64_t norm_floats(int64_t K) { return ceil_div(kRowBatch * K, 16) * 16; }
 
-// `rows` rows of delta, the first of which is row `start` of the norm's, as a left factor.
+// Converts `rows` rows of delta, after the norm if there is one, to a left factor with a row stride of to_row. The
+// first is row `start` of the norm.
 template <typename In, typename Number>
-void take_rows(const Norm& norm, const In* delta, int64_t start, int64_t rows, int64_t K, Number* to, int64_t to_row,
+void load_rows(const Norm& norm, const In* delta, int64_t start, int64_t rows, int64_t K, Number* to, int64_t to_row,
                float* scratch) {
-  for (int64_t r = 0; r < rows; r += kTogether) {
-    const int64_t count = lesser(kTogether, rows - r);
+  for (int64_t r = 0; r < rows; r += kRowBatch) {
+    const int64_t count = min_of(kRowBatch, rows - r);
     if (norm.zc != nullptr) {
       norm_rows(delta + r * K, scratch, norm.zc + (start + r) * K, norm.var + start + r, norm.gamma, to + r * to_row,
                 to_row, norm.eps, count, K, true);
@@ -64,9 +65,9 @@ void take_rows(const Norm& norm, const In* delta, int64_t start, int64_t rows, i
   }
 }
 
-// to[at ...] = values + residual[at ...] for a row of M numbers; without a residual where it is null.
+// to[at + i] = values[i] + residual[at + i] for a row of M numbers; a null residual counts as 0.
 template <typename B, typename To>
-DZ_INLINE void give_row(const float* values, const B* residual, To* to, int64_t at, int64_t M) {
+DZ_INLINE void store_row(const float* values, const B* residual, To* to, int64_t at, int64_t M) {
   if (residual == nullptr) {
     convert(values, to + at, M);
   } else {

@@ -1,26 +1,28 @@
-// The change of a batch norm whose input is perturbed in a few channels, and what follows the norm: one skeleton for
-// every producer of the difference before the norm and every epilogue after it.
+// The change of a batch norm whose input is perturbed in a few channels, followed by an epilogue. One skeleton serves
+// every producer of d, the change of the norm's input, and every epilogue. Its four passes:
 //
-//   shift                   a guess of the mean of d, so that sums about it do not cancel
-//   moments                 sums of each block of pixels, added in order: no result depends on the number of threads
-//   coefficients            with a second pass over the blocks where the variance cancels
-//   result                  piece by piece, with d produced again: it never leaves the cache
+//   shift         an estimate of the mean of d, about which the sums do not cancel
+//   moments       sums per block of pixels, added in a fixed order: results do not depend on the number of threads
+//   coefficients  with another pass over the blocks where the variance cancels
+//   result        piece by piece; d is produced again, which is cheaper than storing it
 //
-// A producer gives d for a plane (all pixels of one channel) after the other:
-//   kFloatSums              blocks are small enough for sums in float32
-//   blocks                  Strips of the pixels whose moments are taken together
-//   planes, row             perturbed channels of a perturbation, and floats from one of their planes in d to the next
-//   floats()                scratch of one thread
-//   channel(p, k)           the channel of the norm that plane k of perturbation p is
-//   shift(p, to)            to [planes]
-//   take(p, first, last, scratch)  pointer to d [planes][row] of pixels first .. last - 1
-// An epilogue makes the result of d and the coefficients:
-//   strips                  Strips of the pixels that go into one piece of the result
-//   floats()                scratch of one thread
-//   prepare(piece, plane, channel, scratch)  what the perturbations that follow share in this piece
-//   fetch(p, piece)         asks for memory that store() will write
-//   change(p, piece, plane, d, zc, with, scratch)  one plane of one piece
-//   store(p, piece, scratch)  once all planes have changed
+// A producer computes d plane by plane, a plane being all pixels of one channel:
+//   kFloatSums       blocks are small enough for sums in float32
+//   blocks           Strips: the blocks of pixels of the moments
+//   planes           number of perturbed channels per perturbation
+//   row              floats from one plane of d to the next
+//   floats()         scratch floats per thread
+//   channel(p, k)    channel of the norm for plane k of perturbation p
+//   shift(p, to)     writes to [planes]
+//   produce(p, first, last, scratch)  returns d [planes][row] for pixels first .. last - 1
+//
+// An epilogue turns d and the coefficients into the result:
+//   strips           Strips: the pieces of the result
+//   floats()         scratch floats per thread
+//   prepare(piece, plane, channel, scratch)  computes the base values that all perturbations of a channel share
+//   prefetch(p, piece)  prefetches the memory that store() writes
+//   change(p, piece, plane, d, zc, with, scratch)  computes one plane of one piece
+//   store(p, piece, scratch)  writes the piece once all planes are computed
 #pragma once
 
 #include "batch_norm.h"
@@ -28,9 +30,9 @@
 namespace dz {
 namespace {
 
-constexpr int64_t kSums = 4;                   // vectors that are summed side by side
-constexpr int64_t kRun = 64 * kSums * kLanes;  // elements whose sums stay in float32: 64 terms each
-constexpr int64_t kFloatBlock = 512;           // elements of a block whose sums may all stay in float32
+constexpr int64_t kSums = 4;                   // independent vector accumulators
+constexpr int64_t kRun = 64 * kSums * kLanes;  // elements summed in float32 at a time: 64 terms per accumulator
+constexpr int64_t kFloatBlock = 512;           // largest block that float_moments sums in float32
 
 typedef double Wide __attribute__((vector_size(kLanes * sizeof(double))));
 
@@ -46,7 +48,7 @@ DZ_INLINE float sum_of(Vec v) {
   return v[0];
 }
 
-// Adds elements `first` to `last` - 1, a multiple of kSums * kLanes of them.
+// Adds elements first .. last - 1. Their number is a multiple of kSums * kLanes.
 DZ_INLINE void add_vectors(const float* d, const float* zc, float shift, int64_t first, int64_t last, LaneSums* to) {
   for (int64_t i = first; i < last; i += kSums * kLanes) {
 #pragma GCC unroll 4
@@ -56,12 +58,12 @@ DZ_INLINE void add_vectors(const float* d, const float* zc, float shift, int64_t
   }
 }
 
-// The moments of `size` elements, in float32 for runs of kRun and in float64 from there on.
+// The moments of `size` elements: runs of kRun elements in float32, the sum of runs in float64.
 inline Moments moments(const float* d, const float* zc, float shift, int64_t size) {
   Wide e = {}, e2 = {}, ze = {};
   int64_t i = 0;
   while (size - i >= kSums * kLanes) {
-    const int64_t end = i + lesser(kRun, (size - i) / (kSums * kLanes) * (kSums * kLanes));
+    const int64_t end = i + min_of(kRun, (size - i) / (kSums * kLanes) * (kSums * kLanes));
     LaneSums run[kSums];
     add_vectors(d, zc, shift, i, end, run);
     i = end;
@@ -79,16 +81,16 @@ inline Moments moments(const float* d, const float* zc, float shift, int64_t siz
   return sums;
 }
 
-// The same in float32 alone, for a small block: at most 64 terms in a row at any level, then a tree.
+// The same in float32 alone, for a small block: at most 64 terms per accumulator at any level, then a tree.
 inline Moments float_moments(const float* d, const float* zc, float shift, int64_t size) {
-  if (size > kFloatBlock) return moments(d, zc, shift, size);  // a long row
+  if (size > kFloatBlock) return moments(d, zc, shift, size);  // one row may be longer than a block should be
   LaneSums sums[kSums];
   int64_t i = size / (kSums * kLanes) * (kSums * kLanes);
   add_vectors(d, zc, shift, 0, i, sums);
   for (; i < size; i += kLanes) {
-    const int64_t count = lesser(kLanes, size - i);
-    const Vec e = load_some(d + i, count) - shift;
-    sums[0].add(kLane < static_cast<int32_t>(count) ? e : Vec{}, load_some(zc + i, count));
+    const int64_t count = min_of(kLanes, size - i);
+    const Vec e = load_partial(d + i, count) - shift;
+    sums[0].add(kLane < static_cast<int32_t>(count) ? e : Vec{}, load_partial(zc + i, count));
   }
   const auto all = [&](auto part) { return sum_of((part(sums[0]) + part(sums[1])) + (part(sums[2]) + part(sums[3]))); };
   return {all([](const LaneSums& s) { return s.e; }), all([](const LaneSums& s) { return s.e2; }),
@@ -124,42 +126,42 @@ class Normed {
         producer(producer_),
         epilogue(epilogue_),
         planes(producer.planes),
-        taken(ceil_div(producer.floats(), 16) * 16),
-        each(taken + ceil_div(epilogue.floats(), 16) * 16),
-        scratch(omp_get_max_threads() * each),
+        producer_floats(ceil_div(producer.floats(), 16) * 16),
+        thread_floats(producer_floats + ceil_div(epilogue.floats(), 16) * 16),
+        scratch(omp_get_max_threads() * thread_floats),
         shifts(norm.training ? norm.P * planes : 0),
         sums(norm.training ? norm.P * producer.blocks.pieces * planes : 0),
         coefficients(norm.P * planes) {}
 
-  // Blocks outside, perturbations inside: what a block reads stays in cache for all perturbations.
+  // Loops over blocks outside, over perturbations inside: the inputs of a block stay in cache for all perturbations.
   void run() const {
 #pragma omp parallel
     {
-      float* own = scratch.data + omp_get_thread_num() * each;
+      float* thread_scratch = scratch.data + omp_get_thread_num() * thread_floats;
       if (norm.training) {
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < norm.P; ++p) producer.shift(p, shifts.data + p * planes);
 #pragma omp for schedule(static)
         for (int64_t k = 0; k < producer.blocks.pieces; ++k) {
           const Piece block = producer.blocks.piece(k);
-          for (int64_t p = 0; p < norm.P; ++p) sum(p, k, block, own);
+          for (int64_t p = 0; p < norm.P; ++p) sum(p, k, block, thread_scratch);
         }
       }
 #pragma omp for schedule(static)
-      for (int64_t p = 0; p < norm.P; ++p) finish(p, own);
+      for (int64_t p = 0; p < norm.P; ++p) finish(p, thread_scratch);
 #pragma omp for schedule(static)
       for (int64_t k = 0; k < epilogue.strips.pieces; ++k) {
         const Piece piece = epilogue.strips.piece(k);
-        for (int64_t p = 0; p < norm.P; ++p) write(p, piece, p == 0, own);
+        for (int64_t p = 0; p < norm.P; ++p) write(p, piece, p == 0, thread_scratch);
       }
     }
   }
 
  private:
   // The moments of block k.
-  void sum(int64_t p, int64_t k, const Piece& block, float* own) const {
+  void sum(int64_t p, int64_t k, const Piece& block, float* thread_scratch) const {
     constexpr auto moments_of = Producer::kFloatSums ? &float_moments : &moments;
-    const float* d = producer.take(p, block.begin, block.end, own);
+    const float* d = producer.produce(p, block.begin, block.end, thread_scratch);
     Moments* to = sums.data + (p * producer.blocks.pieces + k) * planes;
     for (int64_t i = 0; i < planes; ++i) {
       to[i] = moments_of(d + i * producer.row, norm.base(producer.channel(p, i), block.begin),
@@ -167,7 +169,7 @@ class Normed {
     }
   }
 
-  void finish(int64_t p, float* own) const {
+  void finish(int64_t p, float* thread_scratch) const {
     for (int64_t i = 0; i < planes; ++i) {
       const int64_t channel = producer.channel(p, i), pieces = producer.blocks.pieces, at = p * planes + i;
       const double before = norm.before(channel), gamma = norm.gamma[channel];
@@ -182,7 +184,7 @@ class Normed {
             double squares = 0.0;
             for (int64_t k = 0; k < pieces; ++k) {
               const Piece block = producer.blocks.piece(k);
-              const float* d = producer.take(p, block.begin, block.end, own) + i * producer.row;
+              const float* d = producer.produce(p, block.begin, block.end, thread_scratch) + i * producer.row;
               squares += perturbed_squares(norm.base(channel, block.begin), d, mean_d, block.end - block.begin);
             }
             return squares / static_cast<double>(norm.pixels) + norm.eps;
@@ -190,23 +192,24 @@ class Normed {
     }
   }
 
-  // A piece of the result. What is prepared serves all perturbations in a row that have the same channels.
-  void write(int64_t p, const Piece& piece, bool first, float* own) const {
-    epilogue.fetch(p, piece);
-    const float* d = producer.take(p, piece.begin, piece.end, own);
+  // One piece of the result. Consecutive perturbations of the same channel share what prepare() computed.
+  void write(int64_t p, const Piece& piece, bool first, float* thread_scratch) const {
+    epilogue.prefetch(p, piece);
+    const float* d = producer.produce(p, piece.begin, piece.end, thread_scratch);
     for (int64_t i = 0; i < planes; ++i) {
       const int64_t channel = producer.channel(p, i);
-      if (first || channel != producer.channel(p - 1, i)) epilogue.prepare(piece, i, channel, own + taken);
+      if (first || channel != producer.channel(p - 1, i))
+        epilogue.prepare(piece, i, channel, thread_scratch + producer_floats);
       epilogue.change(p, piece, i, d + i * producer.row, norm.base(channel, piece.begin),
-                      coefficients.data[p * planes + i], own + taken);
+                      coefficients.data[p * planes + i], thread_scratch + producer_floats);
     }
-    epilogue.store(p, piece, own + taken);
+    epilogue.store(p, piece, thread_scratch + producer_floats);
   }
 
   const BatchNorm& norm;
   const Producer& producer;
   const Epilogue& epilogue;
-  int64_t planes, taken, each;
+  int64_t planes, producer_floats, thread_floats;
   Scratch<float> scratch, shifts;
   Scratch<Moments> sums;
   Scratch<Coefficients<float>> coefficients;
