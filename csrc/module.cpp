@@ -1,4 +1,4 @@
-// Python bindings of the CPU kernels. Arguments are made and checked by dzkernels; the GIL is released.
+// Python bindings of the CPU kernels. dzkernels prepares and checks the arguments. Kernels run without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,7 +11,7 @@ namespace py = pybind11;
 
 namespace {
 
-// An address: an integer, None for null, or what data_ptr() of a tensor gives.
+// The address in an integer, None (null), or a tensor (its data_ptr()).
 const void* address_of(PyObject* value) {
   if (value == Py_None) return nullptr;
   if (PyLong_Check(value)) return PyLong_AsVoidPtr(value);
@@ -40,14 +40,14 @@ dz::Word word_of(char code, PyObject* value) {
 }
 
 void call(const dz::Kernel* const* levels, const py::args& args) {
-  constexpr size_t most = 64;
+  constexpr size_t max_arguments = 64;
   const dz::Kernel& kernel = dz::at_level_in_use(levels);
   const size_t count = std::strlen(kernel.codes);
-  if (args.size() != count || count > most) {
+  if (args.size() != count || count > max_arguments) {
     throw py::type_error(std::string(kernel.name) + " takes " + std::to_string(count) + " arguments, got " +
                          std::to_string(args.size()));
   }
-  dz::Word words[most];
+  dz::Word words[max_arguments];
   for (size_t i = 0; i < count; ++i) words[i] = word_of(kernel.codes[i], PyTuple_GET_ITEM(args.ptr(), i));
   py::gil_scoped_release release;
   kernel.call(words);

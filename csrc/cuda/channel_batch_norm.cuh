@@ -12,7 +12,7 @@ struct ChannelView {
   __device__ float operator()(int64_t m) const { return data[m / W / H * sn + m / W % H * sh + m % W * sw]; }
 };
 
-// One block per perturbation. Sums run in float64, each thread over its own elements, then over the block in fixed
+// One block per perturbation. Sums are in float64: each thread over its own elements, then over the block in a fixed
 // order.
 __global__ void channel_batch_norm_kernel(const float* delta, const int64_t* channel, const float* x,
                                           const double* mean, const double* var, const double* gamma, const float* y,
@@ -38,11 +38,11 @@ __global__ void channel_batch_norm_kernel(const float* delta, const int64_t* cha
 
   const double before = var[c] + eps;
   double after = before + dvar;
-  if (after < before / 16) {  // four bits are gone: take the new variance from the moved values themselves
+  if (after < before / 16) {  // four bits are lost: recompute the new variance from the perturbed values
     sum = 0.0;
     for (int64_t m = threadIdx.x; m < M; m += blockDim.x) {
-      const double moved = static_cast<float>(z(m) - centre) + (d[m] - mean_d);
-      sum += moved * moved;
+      const double perturbed = static_cast<float>(z(m) - centre) + (d[m] - mean_d);
+      sum += perturbed * perturbed;
     }
     after = block_sum(sum, part) / count + eps;
   }
@@ -52,10 +52,10 @@ __global__ void channel_batch_norm_kernel(const float* delta, const int64_t* cha
   for (int64_t m = threadIdx.x; m < M; m += blockDim.x) {
     const float dy = static_cast<float>(a * (d[m] - mean_d) - b * static_cast<float>(z(m) - centre));
     float change = dy;
-    if (y != nullptr) {  // max(y + dy, 0) - max(y, 0) without subtracting the two; NaN stays NaN
+    if (y != nullptr) {  // max(y + dy, 0) - max(y, 0) without cancellation; NaN stays NaN
       const float base = ChannelView{y + c * yc, yn, yh, yw, H, W}(m);
-      const float dead = base + dy < 0.0f ? 0.0f : base + dy;
-      change = base > 0.0f ? (dy < -base ? -base : dy) : dead;
+      const float from_zero = base + dy < 0.0f ? 0.0f : base + dy;
+      change = base > 0.0f ? (dy < -base ? -base : dy) : from_zero;
     }
     out[p * M + m] = change;
   }

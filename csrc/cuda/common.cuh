@@ -1,6 +1,6 @@
-// What the CUDA kernels share. No framework headers: everything here compiles on a machine with nvcc and no GPU, and
-// the kernels also compile as plain C++ (csrc/tests/cuda_on_host.h), so that they can be tested without a GPU. They are
-// right for any power-of-two block size, 1 included, but for those that say how many threads they need.
+// Shared by all CUDA kernels. There are no framework headers: everything compiles with nvcc on a machine without a GPU.
+// The kernels also compile as plain C++ (csrc/tests/cuda_on_host.h), which tests them without a GPU. A kernel is
+// correct for any power-of-two block size, including 1, unless its comment requires a number of threads.
 #pragma once
 
 #include <cmath>
@@ -20,9 +20,9 @@
 namespace dz {
 
 constexpr int kThreads = 256;
-constexpr int64_t kSharedBytes = 48 * 1024;  // what every GPU gives a block without asking
+constexpr int64_t kSharedBytes = 48 * 1024;  // available to a block on every GPU without opting in
 
-// The sum of `value` over the block, in a fixed order, in all threads. `part` has room for one double per thread.
+// Returns the sum of `value` over the block, in a fixed order, to all threads. `part` holds one double per thread.
 __device__ inline double block_sum(double value, double* part) {
   part[threadIdx.x] = value;
   __syncthreads();

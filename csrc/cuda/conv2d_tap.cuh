@@ -4,7 +4,8 @@
 
 namespace dz {
 
-// One block per plane (p, n); further blocks along y share large planes. Arguments as in csrc/cpu/conv2d_tap.cpp.
+// Blocks along x: one per plane (p, n). Blocks along y share the pixels of a plane. Arguments as in
+// csrc/cpu/conv2d_tap.cpp.
 __global__ void conv2d_tap_kernel(const float* x, const int64_t* coord, const float* step, float* out, int64_t N,
                                   int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t xn, int64_t xc, int64_t xh,
                                   int64_t xw, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
@@ -15,8 +16,8 @@ __global__ void conv2d_tap_kernel(const float* x, const int64_t* coord, const fl
   const float h = step[p];
   const float* from = x + n * xn + (o / out_per_group * in_per_group + c) * xc;
   float* to = out + plane * Ho * Wo;
-  const int64_t jump = static_cast<int64_t>(gridDim.y) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; i < Ho * Wo; i += jump) {
+  const int64_t grid_stride = static_cast<int64_t>(gridDim.y) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; i < Ho * Wo; i += grid_stride) {
     const int64_t row = i / Wo * stride_h + top, column = i % Wo * stride_w + left;
     const bool inside = row >= 0 && row < H && column >= 0 && column < W;
     to[i] = inside ? h * from[row * xh + column * xw] : 0.0f;

@@ -4,7 +4,7 @@
 
 namespace dz {
 
-// One block per perturbation, one thread per sample.
+// One block per perturbation; each thread handles every blockDim.x-th sample. Formulas as in csrc/cpu/cross_entropy.h.
 __global__ void cross_entropy_difference_kernel(const double* log_probs, const double* probs, const int64_t* target,
                                                 const float* dlogits, double* out, int64_t N, int64_t K) {
   DZ_SHARED(double, part);
@@ -14,14 +14,14 @@ __global__ void cross_entropy_difference_kernel(const double* log_probs, const d
     const float* d = dlogits + (p * N + n) * K;
     const double *log_p = log_probs + n * K, *prob = probs + n * K;
     const double at_target = d[target[n]];
-    double top = 0.0, moved = 0.0;
+    double top = 0.0, sum_expm1 = 0.0;
     for (int64_t k = 0; k < K; ++k) {
       const double e = d[k] - at_target;
       top = top < e ? e : top;
-      moved += prob[k] * expm1(e < 700.0 ? e : 700.0 + 0.0 * e);  // no infinity, but NaN stays
+      sum_expm1 += prob[k] * expm1(e < 700.0 ? e : 700.0 + 0.0 * e);  // clamped to stay finite; NaN stays NaN
     }
-    if (top <= 700.0 && moved > -0.5) {
-      total += log1p(moved);
+    if (top <= 700.0 && sum_expm1 > -0.5) {
+      total += log1p(sum_expm1);
       continue;
     }
     double shift = -HUGE_VAL, sum = 0.0;

@@ -5,54 +5,58 @@
 
 namespace dz {
 
-// A 3x3 convolution of channels-last images as a product of matrices: output pixels by output channels, summed over
-// nine taps and the input channels. A tile is a box of output pixels: `tile_images` whole images, or a part of one. The
-// input pixels that it needs, its patch, are brought into shared memory once, a slice of channels at a time, zeros in
-// place of padding; all nine taps then read from there.
+// A 3x3 convolution of channels-last images as an implicit matrix product, [output pixels] x [output channels], summed
+// over nine taps and the input channels. A tile is a box of output pixels: `tile_images` whole images, or part of one.
+// Its patch, the input pixels that it reads, is copied to shared memory one slice of channels at a time, with zeros for
+// padding. All nine taps read from there.
 struct DenseConv2d {
   int64_t images;
   int H, W, C, Ho, Wo, O, stride_h, stride_w, pad_h, pad_w;  // strides are 1 or 2
   // set by plan()
-  int tile_images, tile_h, tile_w, patch_h, patch_w, down, across;  // tiles of an image: down x across
-  int tiles;
-  int64_t shared;  // bytes
+  int tile_images, tile_h, tile_w, patch_h, patch_w;
+  int down, across;  // an image has down x across tiles
+  int tiles;         // in all
+  int64_t shared;    // bytes of shared memory
 };
 
 constexpr int kTaps = 9;
-constexpr int kTilePixels = 256;  // most output pixels of a tile
-constexpr int64_t kMostTiles = int64_t{1} << 30;
+constexpr int kTilePixels = 256;  // maximum output pixels of a tile
+constexpr int64_t kMaxTiles = int64_t{1} << 30;
 
 __host__ __device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Columns of a patch lie apart by their parity where the stride is 2, so that neighbours among the outputs read
-// neighbours in shared memory. `phase`: how many columns lie together.
+// With a stride of 2 even columns of a patch are stored before odd ones, so that neighbouring outputs read neighbouring
+// addresses in shared memory. `phase` is the number of columns of one parity.
 __host__ __device__ inline int phase_of(const DenseConv2d& s) { return divide_up(s.patch_w, s.stride_w); }
 __device__ inline int column_of(int x, int stride, int phase) {
   return (x & (stride - 1)) * phase + (x >> (stride - 1));
 }
 
-// How a block works: values of type T, BYTES of channels of a pixel at a time, OUTS output channels.
+// Parameters of a block: values of type T, slices of BYTES bytes of a pixel's channels, OUTS output channels.
 template <typename T, int BYTES, int OUTS>
 struct ConvBlock {
   using Type = T;
   static constexpr int kOuts = OUTS;
-  static constexpr int kUnits = BYTES / 16;  // copies of 16 bytes
+  static constexpr int kUnits = BYTES / 16;  // 16-byte copies per pixel and slice
   static constexpr int kUnitValues = 16 / static_cast<int>(sizeof(T));
-  static constexpr int kSlice = kUnits * kUnitValues;  // channels at a time
-  static constexpr int kDepth = BYTES / 32;            // products that a tap takes: 32 bytes each
-  static constexpr int kPitch = BYTES + 16;            // of a pixel: eight in a row touch all banks once
-  static constexpr int kRows = OUTS * static_cast<int>(sizeof(T)) > 64 ? 2 : 4;  // 16 pixels each, of a warp
+  static constexpr int kSlice = kUnits * kUnitValues;  // channels of a slice
+  static constexpr int kDepth = BYTES / 32;            // matrix products per tap: 32 bytes of channels each
+  static constexpr int kPitch = BYTES + 16;            // bytes from pixel to pixel: eight neighbours hit all banks once
+  static constexpr int kRows = OUTS * static_cast<int>(sizeof(T)) > 64 ? 2 : 4;  // groups of 16 pixels per warp
   static constexpr int kWarps = kTilePixels / (16 * kRows);
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kResident = kThreads > 128 ? 1 : OUTS == 16 ? 4 : 3;  // blocks that registers leave room for
-  static constexpr int kStages = 2;  // patches in shared memory: one is used, the others are on the way
-  static constexpr int kParts = sizeof(T) == 4 ? 2 : 1;              // float32 is the sum of two tf32
-  static constexpr int kRun = sizeof(T) == 4 || OUTS == 16 ? 2 : 4;  // products whose results a thread stores at once
+  static constexpr int kResident = kThreads > 128 ? 1
+                                   : OUTS == 16   ? 4
+                                                  : 3;  // blocks per multiprocessor that registers allow
+  static constexpr int kStages = 2;  // patches in shared memory: one is read while the others are being copied
+  static constexpr int kParts = sizeof(T) == 4 ? 2 : 1;              // a float32 operand is split into two tf32
+  static constexpr int kRun = sizeof(T) == 4 || OUTS == 16 ? 2 : 4;  // products whose results a thread stores together
 
-  // Weights of an output channel lie in the order in which they are used, 16 bytes apart from a multiple of 32.
+  // Bytes from one output channel's weights to the next. They are stored in order of use; the pitch is an odd multiple
+  // of 16 to avoid bank conflicts.
   __host__ __device__ static int64_t weight_pitch(int C) { return static_cast<int64_t>(kTaps * sizeof(T)) * C + 16; }
 
-  // The output channel that column n of the product is: those of a thread are next to each other.
+  // The output channel in column n of the product, chosen so that a thread holds adjacent channels.
   __device__ static int channel_of(int n) {
     const int product = n / 8, column = n % 8;
     return product / kRun * 8 * kRun + column / 2 * 2 * kRun + product % kRun * 2 + column % 2;
@@ -63,14 +67,14 @@ struct ConvBlock {
   }
 };
 
-// Where a pixel of a tile lies.
+// Position of a pixel in a tile.
 struct alignas(8) ConvPixel {
-  int offset;     // from the first pixel of the tile in the output
-  int16_t image;  // in the tile
+  int offset;     // in the output, from the first pixel of the tile
+  int16_t image;  // in the tile; INT16_MAX for a pixel past its end
   uint8_t row, column;
 };
 
-// Where a tile begins: its first image, output row and output column.
+// Origin of a tile: its first image, output row and output column.
 struct ConvTile {
   int64_t image;
   int row, column;
@@ -82,7 +86,7 @@ __device__ inline ConvTile tile_at(const DenseConv2d& s, int tile) {
           within % s.across * s.tile_w};
 }
 
-// Begins to copy a slice of the patch of a tile; each warp takes whole rows.
+// Starts the copy of one slice of a tile's patch. A warp copies whole rows.
 template <typename Block, typename T>
 __device__ inline void copy_patch(const DenseConv2d& s, const T* delta, const ConvTile& tile, int slice, uint32_t to) {
   const int lane = static_cast<int>(threadIdx.x) % 32, phase = phase_of(s), row_pixels = s.stride_w * phase;
@@ -90,11 +94,11 @@ __device__ inline void copy_patch(const DenseConv2d& s, const T* delta, const Co
   int image = 0, y = static_cast<int>(threadIdx.x) / 32;
   for (int row = y; row < s.tile_images * s.patch_h; row += Block::kWarps, y += Block::kWarps) {
     while (y >= s.patch_h) y -= s.patch_h, ++image;
-    const bool known = tile.image + image < s.images && top + y >= 0 && top + y < s.H;
+    const bool inside_image = tile.image + image < s.images && top + y >= 0 && top + y < s.H;
     const int64_t from = (((tile.image + image) * s.H + top + y) * s.W + left) * s.C + slice * Block::kSlice;
     for (int unit = lane; unit < s.patch_w * Block::kUnits; unit += 32) {
       const int x = unit / Block::kUnits, part = unit % Block::kUnits;
-      const bool inside = known && left + x >= 0 && left + x < s.W;
+      const bool inside = inside_image && left + x >= 0 && left + x < s.W;
       const int64_t at = from + (x * s.C + part * Block::kUnitValues);
       const int pixel = row * row_pixels + column_of(x, s.stride_w, phase);
       copy_async(to + static_cast<uint32_t>(pixel * Block::kPitch + part * 16), inside ? delta + at : delta, inside);
@@ -102,7 +106,7 @@ __device__ inline void copy_patch(const DenseConv2d& s, const T* delta, const Co
   }
 }
 
-// Begins to copy the weights [O, 3, 3, C] of the block's channels, from `first` on.
+// Starts the copy of the weights [O, 3, 3, C] of the block's output channels, beginning at `first`.
 template <typename Block, typename T>
 __device__ inline void copy_weights(const DenseConv2d& s, const T* weight, int first, uint32_t to) {
   const int units = kTaps * s.C / Block::kUnitValues;
@@ -115,21 +119,21 @@ __device__ inline void copy_weights(const DenseConv2d& s, const T* weight, int f
   }
 }
 
-// The registers of an operand as its parts: themselves, or of float32 the nearest tf32 and what is left of it, exactly.
-// Of that a tensor core reads 11 bits of 13.
+// Splits float32 operands into the nearest tf32 and the exact remainder, of whose 13 bits a tensor core reads 11.
+// bfloat16 operands (PARTS = 1) are left as they are.
 template <int PARTS, int COUNT>
 __device__ inline void split(uint32_t (&parts)[PARTS][COUNT]) {
   if constexpr (PARTS == 2) {
     DZ_UNROLL
     for (int i = 0; i < COUNT; ++i) {
-      const float whole = as_float(parts[0][i]);
+      const float value = as_float(parts[0][i]);
       parts[0][i] = (parts[0][i] + 0x1000u) & 0xffffe000u;
-      parts[1][i] = as_bits(whole - as_float(parts[0][i]));
+      parts[1][i] = as_bits(value - as_float(parts[0][i]));
     }
   }
 }
 
-// The product of the two small parts, at most 2^-22 of the whole, is left out.
+// Adds one product, of split operands as three: the product of the two remainders, at most 2^-22 of it, is left out.
 template <int PARTS>
 __device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[PARTS][4], const uint32_t (&b)[PARTS][4],
                                 int column) {
@@ -161,12 +165,12 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kResident)
     pixels[m] = {(image * s.Ho + row) * s.Wo + column, static_cast<int16_t>(m < count ? image : INT16_MAX),
                  static_cast<uint8_t>(row), static_cast<uint8_t>(column)};
   }
-  // What this lane reads for load_matrices: of 16 pixels one half of 32 bytes, of 16 output channels likewise.
+  // Addresses that this lane passes to load_matrices: 16 bytes of a pixel, and 16 bytes of an output channel's weights.
   uint32_t pixel_at[kRows], weight_at[kOuts / 16];
   DZ_UNROLL
   for (int r = 0; r < kRows; ++r) {
-    const int m = (warp * kRows + r) * 16 + lane % 16, known = m < count ? m : 0;
-    const int column = known % s.tile_w, row = known / s.tile_w % s.tile_h, image = known / s.tile_w / s.tile_h;
+    const int m = (warp * kRows + r) * 16 + lane % 16, pixel = m < count ? m : 0;
+    const int column = pixel % s.tile_w, row = pixel / s.tile_w % s.tile_h, image = pixel / s.tile_w / s.tile_h;
     const int at = (image * s.patch_h + row * s.stride_h) * row_pixels + column;
     pixel_at[r] = patches + static_cast<uint32_t>(at * Block::kPitch + lane / 16 * 16);
   }
@@ -208,7 +212,7 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kResident)
     for (int slice = 0; slice < slices; ++slice) {
       wait_for_copies<Block::kStages - 2>();
       __syncthreads();
-      copy_next();  // into the patch that all warps have left behind
+      copy_next();  // into the patch that all warps have finished reading
       const uint32_t used = static_cast<uint32_t>(stage) * patch_bytes;
       const uint32_t terms = static_cast<uint32_t>(slice) * (kTaps * Block::kUnits * 16);
       if (++stage == Block::kStages) stage = 0;
@@ -269,8 +273,8 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kResident)
   }
 }
 
-// Sets the tile, of 256 pixels or of fewer until a block's memory fits into `limit` bytes. Returns the outputs of a
-// tile, 0 where nothing fits.
+// Chooses the tile: at most kTilePixels pixels, halved until a block's shared memory fits into `limit` bytes. Returns a
+// score, the outputs of a tile times the warps it occupies (up to 4), or 0 if nothing fits.
 template <typename Block>
 int64_t plan(DenseConv2d& s, int64_t limit) {
   s.tile_w = divide_up(s.Wo, divide_up(s.Wo, 64));
@@ -286,35 +290,35 @@ int64_t plan(DenseConv2d& s, int64_t limit) {
                Block::kStages * Block::patch_bytes(s);
     s.down = divide_up(s.Ho, s.tile_h), s.across = divide_up(s.Wo, s.tile_w);
     const int64_t tiles = (s.images + s.tile_images - 1) / s.tile_images * s.down * s.across;
-    if (tiles > kMostTiles) return 0;
+    if (tiles > kMaxTiles) return 0;
     s.tiles = static_cast<int>(tiles);
     if (s.shared <= limit) {
       const int pixels = s.tile_images * s.tile_h * s.tile_w, busy = divide_up(pixels, 16 * Block::kRows);
       return static_cast<int64_t>(pixels) * Block::kOuts * (busy < 4 ? busy : 4);
     }
-    int& most = s.tile_images > 1 ? s.tile_images : s.tile_h > 1 ? s.tile_h : s.tile_w;
-    if (most == 1) return 0;
-    most = divide_up(most, 2);
+    int& extent = s.tile_images > 1 ? s.tile_images : s.tile_h > 1 ? s.tile_h : s.tile_w;
+    if (extent == 1) return 0;
+    extent = divide_up(extent, 2);
   }
 }
 
-// Plans `s` and calls run(Block) with the block that has the best tiles, of several the one that reads the input least
-// often; false where no block can do it.
+// Plans `s` and calls run(Block) with the block of the best score; among equals the one with most output channels,
+// which reads the input least often. Returns false if no block fits.
 template <typename T, int BYTES, typename Run>
 bool with_block(DenseConv2d& s, int64_t limit, Run run) {
-  DenseConv2d wide = s, medium = s, narrow = s;
-  const int64_t by_64 = s.O % 64 == 0 ? plan<ConvBlock<T, BYTES, 64>>(wide, limit) : 0;
-  const int64_t by_32 = s.O % 32 == 0 ? plan<ConvBlock<T, BYTES, 32>>(medium, limit) : 0;
-  const int64_t by_16 = s.O % 16 == 0 ? plan<ConvBlock<T, BYTES, 16>>(narrow, limit) : 0;
-  if (by_64 == 0 && by_32 == 0 && by_16 == 0) return false;
-  if (by_64 >= by_32 && by_64 >= by_16) {
-    s = wide;
+  DenseConv2d plan_64 = s, plan_32 = s, plan_16 = s;
+  const int64_t score_64 = s.O % 64 == 0 ? plan<ConvBlock<T, BYTES, 64>>(plan_64, limit) : 0;
+  const int64_t score_32 = s.O % 32 == 0 ? plan<ConvBlock<T, BYTES, 32>>(plan_32, limit) : 0;
+  const int64_t score_16 = s.O % 16 == 0 ? plan<ConvBlock<T, BYTES, 16>>(plan_16, limit) : 0;
+  if (score_64 == 0 && score_32 == 0 && score_16 == 0) return false;
+  if (score_64 >= score_32 && score_64 >= score_16) {
+    s = plan_64;
     run(ConvBlock<T, BYTES, 64>());
-  } else if (by_32 >= by_16) {
-    s = medium;
+  } else if (score_32 >= score_16) {
+    s = plan_32;
     run(ConvBlock<T, BYTES, 32>());
   } else {
-    s = narrow;
+    s = plan_16;
     run(ConvBlock<T, BYTES, 16>());
   }
   return true;
@@ -330,7 +334,7 @@ bool with_block(DenseConv2d& s, bool half, int64_t limit, Run run) {
 }  // namespace dz
 
 #ifdef __CUDACC__
-// cudaErrorInvalidValue where no block can do it.
+// Returns cudaErrorInvalidValue if no block fits.
 DZ_EXPORT int dz_dense_conv2d(const void* delta, const void* weight, void* out, int64_t half, int64_t images, int64_t H,
                               int64_t W, int64_t C, int64_t Ho, int64_t Wo, int64_t O, int64_t stride_h,
                               int64_t stride_w, int64_t pad_h, int64_t pad_w, cudaStream_t stream) {
@@ -339,24 +343,25 @@ DZ_EXPORT int dz_dense_conv2d(const void* delta, const void* weight, void* out, 
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const auto narrow = [](int64_t value) { return static_cast<int>(value); };
+  const auto to_int = [](int64_t value) { return static_cast<int>(value); };
   dz::DenseConv2d s{};
-  s.images = images, s.H = narrow(H), s.W = narrow(W), s.C = narrow(C), s.Ho = narrow(Ho), s.Wo = narrow(Wo);
-  s.O = narrow(O), s.stride_h = narrow(stride_h), s.stride_w = narrow(stride_w);
-  s.pad_h = narrow(pad_h), s.pad_w = narrow(pad_w);
+  s.images = images, s.H = to_int(H), s.W = to_int(W), s.C = to_int(C), s.Ho = to_int(Ho), s.Wo = to_int(Wo);
+  s.O = to_int(O), s.stride_h = to_int(stride_h), s.stride_w = to_int(stride_w);
+  s.pad_h = to_int(pad_h), s.pad_w = to_int(pad_w);
   const auto run = [&](auto block) {
     using Block = decltype(block);
     using T = typename Block::Type;
     const auto kernel = dz::dense_conv2d_kernel<Block>;
     const size_t shared = static_cast<size_t>(s.shared);
     int resident = 0;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, narrow(s.shared));
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, to_int(s.shared));
     if (error == cudaSuccess) {
       error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, Block::kThreads, shared);
     }
     if (error != cudaSuccess) return;
-    const int64_t groups = O / Block::kOuts, most = (static_cast<int64_t>(resident) * processors + groups - 1) / groups;
-    const dim3 grid(static_cast<unsigned>(s.tiles < most ? s.tiles : most), static_cast<unsigned>(groups));
+    const int64_t groups = O / Block::kOuts,
+                  max_blocks = (static_cast<int64_t>(resident) * processors + groups - 1) / groups;
+    const dim3 grid(static_cast<unsigned>(s.tiles < max_blocks ? s.tiles : max_blocks), static_cast<unsigned>(groups));
     kernel<<<grid, Block::kThreads, shared, stream>>>(static_cast<const T*>(delta), static_cast<const T*>(weight),
                                                       static_cast<T*>(out), s);
     error = cudaGetLastError();

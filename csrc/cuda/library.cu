@@ -1,4 +1,4 @@
-// The shared library dzkernels._cuda: every kernel with its launcher. It loads without a GPU; a launch then returns an
+// The shared library dzkernels._cuda: all kernels and their launchers. It loads without a GPU; a launch then returns an
 // error.
 #include "channel_batch_norm.cuh"
 #include "channel_conv2d.cuh"
