@@ -185,8 +185,8 @@ MISTAKES = {
     ),
     "unknown estimator": (
         options("estimator.name=cgee"),
-        "estimator.name = 'cgee' is unknown. Did you mean 'cge'? Known: cge, rge, layerwise, hybrid, stale, forward-gradient, "
-        "plain-loop, backprop.",
+        "estimator.name = 'cgee' is unknown. Did you mean 'cge'? Known: cge, rge, layerwise, hybrid, stale, "
+        "forward-gradient, plain-loop, backprop.",
     ),
     "unknown estimator option": (
         options("estimator.options.m=1"),
