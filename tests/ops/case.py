@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import os
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,26 @@ HALVES = (
     (torch.bfloat16, torch.float32),
     (torch.bfloat16, torch.bfloat16),
 )
+
+
+# N, Cin, H, W, O, kernel, stride, padding, dilation, groups
+Convolution = tuple[int, int, int, int, int, tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int], int]
+
+
+def drawn_convolutions(count: int, groups: int = 3) -> Iterator[Convolution]:
+    """So many small convolutions of any geometry with at most so many groups, always the same ones."""
+    draw = random.Random(1).randint
+
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return draw(low, high), draw(low, high)
+
+    while count > 0:
+        size, kernel, padding, dilation = (draw(1, 9), draw(1, 20)), pair(1, 4), pair(0, 3), pair(1, 3)
+        parts = draw(1, groups)
+        shape = (draw(1, 3), parts * draw(1, 3), *size, parts * draw(1, 40), kernel, pair(1, 3), padding, dilation)
+        if all(n + 2 * p > d * (k - 1) for n, k, p, d in zip(size, kernel, padding, dilation, strict=True)):
+            count -= 1
+            yield (*shape, parts)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import dzkernels
 from helpers import integers, normal
 from ops.after import U, changed, norm_of
+from ops.case import Case, drawn_convolutions
 
 # N, H, W, O, C, kernel, stride, padding, dilation
 SHAPES = [
@@ -49,3 +52,22 @@ def by_rerun(args: dict[str, Any], training: bool, relu: bool, pool: int, mean: 
         bound = (bound + (terms + 1) * U * wanted.abs()).mean((3, 4))
         wanted = wanted.mean((3, 4))
     return wanted, bound
+
+
+def cases() -> Iterator[Case]:
+    shapes = [(row.id, row.values[0]) for row in SHAPES]
+    for k, (n, channels, height, width, outs, *spacing, _) in enumerate(drawn_convolutions(40, groups=1)):
+        shapes.append((f"drawn {k}", (n, height, width, outs, channels, *spacing)))
+    for k, (name, shape) in enumerate(shapes):
+        args = inputs(shape, count=(4, 1, 0)[k % 3])
+        samples, _, *size = args["zc"].shape
+        if samples * size[0] * size[1] < 8:  # a variance of next to nothing makes much of a rounding
+            continue
+        for pool in range(1, min(3, *size) + 1):
+            relu, training, mean = pool > 1 or k % 2 > 0, (k + pool) % 4 > 0, (k + pool) % 3 == 0
+            bound = 2 * by_rerun(args, training, relu, pool, mean)[1] if args["delta"].numel() else 0.0
+            for out_dtype in (torch.float32, torch.bfloat16):
+                options = {"training": training, "relu": relu, "pool": pool, "mean": mean, "out_dtype": out_dtype}
+                yield Case(
+                    f"{name}, {', '.join(f'{key}={value}' for key, value in options.items())}", args | options, bound
+                )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import integers, normal, small_ints
-from ops.case import Case
+from ops.case import Case, drawn_convolutions
 
 # N, Cin, H, W, Cout, kernel, stride, padding, dilation, groups
 SHAPES = [
@@ -69,6 +69,7 @@ CONVOLUTIONS = [
     ("large", (2, 5, 33, 70, 70, (3, 3), (1, 1), (1, 1), (1, 1), 1)),
     # weights that do not fit into shared memory
     ("large, 600 channels", (1, 2, 12, 12, 600, (7, 7), (1, 1), (3, 3), (1, 1), 1)),
+    *((f"drawn {k}, large", shape) for k, shape in enumerate(drawn_convolutions(40))),
 ]
 
 

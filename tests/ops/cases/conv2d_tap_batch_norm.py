@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 import dzkernels
 from helpers import normal
 from ops.after import changed, norm_of, planes
+from ops.case import Case, drawn_convolutions
 
 # N, H, W, O, Cin, kernel, stride, padding, dilation, groups
 SHAPES = [
@@ -51,3 +53,21 @@ def by_rerun(args: dict[str, Any], training: bool, relu: bool, pool: int) -> tup
         wanted.append(values[0, :, 0])
         bounds.append(bound[0, :, 0])
     return torch.stack(wanted), torch.stack(bounds)
+
+
+def cases() -> Iterator[Case]:
+    shapes = [(row.id, row.values[0]) for row in SHAPES]
+    for k, (n, channels, height, width, outs, *spacing) in enumerate(drawn_convolutions(40)):
+        shapes.append((f"drawn {k}", (n, height, width, outs, channels, *spacing)))
+    for k, (name, shape) in enumerate(shapes):
+        args = inputs(shape, count=(5, 1, 0)[k % 3])
+        samples, _, *size = args["zc"].shape
+        if samples * size[0] * size[1] < 8:  # a variance of next to nothing makes much of a rounding
+            continue
+        for pool in range(1, min(3, *size) + 1):
+            relu, training = pool > 1 or k % 2 > 0, (k + pool) % 4 > 0
+            bound = 2 * by_rerun(args, training, relu, pool)[1] if args["step"].numel() else 0.0
+            options = {"training": training, "relu": relu, "pool": pool}
+            yield Case(
+                f"{name}, {', '.join(f'{key}={value}' for key, value in options.items())}", args | options, bound
+            )
