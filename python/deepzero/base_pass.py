@@ -15,12 +15,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .graph.graph import Graph, is_random
+from .graph.graph import Graph
+from .graph.ops import HALF_TO_FLOAT, is_random
 
 aten = torch.ops.aten
-
-
-_HALF_TO_FLOAT = (aten._softmax.default, aten._log_softmax.default)
 
 
 def promote(value: Any) -> Any:
@@ -80,7 +78,7 @@ def interpret(graph: Graph, inputs: Mapping[fx.Node, Any], *, exact: bool) -> di
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 if exact and node.target is not operator.getitem:
                     args, kwargs = pytree.tree_map(promote, (args, kwargs))
-                    if node.target in _HALF_TO_FLOAT:
+                    if node.target in HALF_TO_FLOAT:
                         args = (*args[:2], False)  # the input is float64 already
                 # a value may lie in memory otherwise than it did in the trace, where a view was possible
                 target = torch.reshape if node.target is aten.view.default else node.target

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from .base_pass import Base, promote, rounded
 from .carriers import Carrier, Dense, Zero, dense
 from .errors import NoRuleError
-from .graph.graph import is_random
+from .graph.ops import is_random
 
 
 class Block:

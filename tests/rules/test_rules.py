@@ -1,4 +1,7 @@
-"""Every row of the table: quotients by difference propagation against float64 quotients with the same step."""
+"""Every row of the table: quotients by difference propagation against float64 quotients with the same step.
+
+The same run holds every rule on its way to the family it declares.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import pytest
 
 from judge import judge
 from rules.cases import ROWS, Case
+from rules.families import contradictions
 from rules.subject import Subject
 
 EPS64 = 2.0**-52
@@ -43,6 +47,7 @@ def test_row(case: Case) -> None:
         for mu, tol in SMALL_STEPS.items():
             wide = subject.ours(mu, "float64")
             found += [f"mu {mu:g}: {v}" for v in judge(subject.ours(mu, "float32"), wide).faults(tol)]
+        found += contradictions(subject)
     assert not found, "\n".join(found)
 
 

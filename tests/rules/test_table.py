@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 def test_registering_twice_raises() -> None:
     with pytest.raises(ValueError, match=r"aten\.relu\.default already has a rule: pointwise relu"):
-        rule(aten.relu.default)(lambda run, node: None)
+        rule(aten.relu.default, family="pointwise")(lambda run, node: None)
 
 
 def test_registering_a_linear_map_twice_raises() -> None:
@@ -35,9 +35,9 @@ def test_registering_a_linear_map_twice_raises() -> None:
 
 def test_every_op_is_a_real_overload_with_a_callable_rule() -> None:
     assert len(RULES) > 150
-    for op, function in RULES.items():
+    for op, entry in RULES.items():
         assert isinstance(op, torch._ops.OpOverload), op
-        assert callable(function)
+        assert callable(entry.function)
 
 
 def _unruled(h: Tensor, g: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ..device import Device, UnrecordableError
 from ..fusion import Step
 from ..graph.graph import Graph
 from ..plan import Route
-from ..rules.registry import missing_rules
+from ..rules.registry import RULES, missing_rules
 
 log = logging.getLogger("deepzero")
 
@@ -193,7 +193,7 @@ def _buffers(base: Base, where: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def unrecordable(route: Route) -> str:
     """Why no recording of the route is tried, or "": Python that runs in every block would run only once."""
-    if any(node.target is torch.ops.deepzero.blackbox.default for node in route.suffix):
+    if any(node.target in RULES and RULES[node.target].family == "opaque" for node in route.suffix):
         return "a black box is called on the way"
     missing = missing_rules(route.suffix)
     return f"no rule for {', '.join(missing)}" if missing else ""

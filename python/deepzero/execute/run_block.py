@@ -13,7 +13,6 @@ from ..base_pass import Base, no_autocast
 from ..block import Block
 from ..carriers import Carrier, Zero, dense
 from ..fusion import Step
-from ..graph.graph import is_random
 from ..rules import RULES
 
 
@@ -88,14 +87,4 @@ def follow(block: Block, node: fx.Node) -> Any:
         return source[node.args[1]] if isinstance(source, tuple | list) else Zero
     if node.target in RULES:
         return RULES[node.target](block, node)
-    if is_random(node) and not _distribution_moves(node):
-        return Zero
     return block.fallback(node)
-
-
-_SHAPE_ONLY = ("rand_like", "randn_like", "randint_like", "empty_like")
-
-
-def _distribution_moves(node: fx.Node) -> bool:
-    """Whether a random op reads more than the shape of a moving value."""
-    return not any(name in str(node.target) for name in _SHAPE_ONLY)

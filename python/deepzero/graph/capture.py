@@ -21,9 +21,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 from ..errors import CaptureError
 from .bound import Bound
 from .graph import Graph
+from .ops import ATTENTION, KEPT_WHOLE
 
 log = logging.getLogger("deepzero")
-aten = torch.ops.aten
 
 
 @contextlib.contextmanager
@@ -43,14 +43,9 @@ def _plain_forms() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-_ATTENTION = aten.scaled_dot_product_attention.default
-_WHOLE = {aten.linear.default, aten.cross_entropy_loss.default, _ATTENTION}
-"""Ops that are not Core ATen and stay one node: their rules are better than those of their parts."""
-
-
 def _decomposed(program: ExportedProgram) -> ExportedProgram:
-    """To Core ATen but for the ops above; attention that draws a dropout mask or groups heads comes in its parts."""
-    for whole in (_WHOLE, _WHOLE - {_ATTENTION}):
+    """To Core ATen but for ``KEPT_WHOLE``; attention that draws a dropout mask or groups heads comes in its parts."""
+    for whole in (KEPT_WHOLE, KEPT_WHOLE - {ATTENTION}):
         table = torch.export.default_decompositions()
         for op in whole:
             table.pop(op, None)
@@ -61,7 +56,7 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
 
 
 def _needs_parts(node: fx.Node) -> bool:
-    if node.target is not _ATTENTION:
+    if node.target is not ATTENTION:
         return False
     dropout = bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
     leading = {tuple(n.meta["val"].shape[:-2]) for n in node.args[:3] if isinstance(n, fx.Node)}

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
-
-aten = torch.ops.aten
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether the op draws from a global generator."""
-    tags = getattr(node.target, "tags", ())
-    if node.target is aten.scaled_dot_product_attention.default:
-        return False  # stays whole only without dropout
-    if node.target is aten.rrelu_with_noise_functional.default and not (len(node.args) > 4 and node.args[4]):
-        return False  # a plain leaky ReLU outside of training
-    return torch.Tag.nondeterministic_seeded in tags
 
 
 @dataclass(frozen=True, eq=False)

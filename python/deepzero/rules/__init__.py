@@ -1,7 +1,7 @@
 """Difference rules of the Core ATen ops, one module per family. Importing this package fills the table."""
 
 from . import attention, blackbox, linear, loss, norm, pointwise, pool, reduce, shape, softmax
-from .registry import RULES, Rule, rule
+from .registry import RULES, Family, Rule, rule
 
-__all__ = ["RULES", "Rule", "attention", "linear", "loss", "norm", "pointwise", "pool", "reduce", "rule", "shape"]
-__all__ += ["blackbox", "softmax"]
+__all__ = ["RULES", "Family", "Rule", "attention", "blackbox", "linear", "loss", "norm", "pointwise", "pool"]
+__all__ += ["reduce", "rule", "shape", "softmax"]

@@ -42,7 +42,7 @@ def attention_base(block: Block, node: Any) -> tuple[Tensor, ...]:
     return block.saved(node, "attention", make)  # type: ignore[no-any-return]
 
 
-@rule(aten.scaled_dot_product_attention.default)
+@rule(aten.scaled_dot_product_attention.default, family="mixes", data=(0, 1, 2))
 def attention(block: Block, node: Any) -> Carrier:
     """softmax(scale q k^T + mask) v; q [..., T, D], k [..., S, D], v [..., S, E]."""
     if block.raw(node.args[3] if len(node.args) > 3 else None) is not Zero:

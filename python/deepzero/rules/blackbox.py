@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 from ..blackbox import _boxes
 
 
-@rule(torch.ops.deepzero.blackbox.default)
+@rule(torch.ops.deepzero.blackbox.default, family="opaque", data=(1,))
 def _rule(block: Block, node: fx.Node) -> Carrier:
     """f(x + dx) - f(x) in float64; all perturbations as one call when rows are independent."""
     box, args = _boxes[node.args[0]], node.args[1]  # type: ignore[index]

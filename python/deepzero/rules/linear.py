@@ -33,19 +33,19 @@ def _moved(block: Block, arg: Any, d: Any) -> Tensor:
 # --- x @ w, with w [K, M] shared by all samples; linear is the same with w [M, K]
 
 
-@rule(aten.linear.default)
+@rule(aten.linear.default, family="mixes")
 def linear(block: Block, node: fx.Node) -> Carrier:
     x, w, *bias = node.args
     out = _shared_product(block, node, x, w, transposed=True)
     return carriers.add(out, _bias(block, node, bias[0], -1)) if bias and bias[0] is not None else out
 
 
-@rule(aten.mm.default)
+@rule(aten.mm.default, family="mixes", data=(0, 1))
 def mm(block: Block, node: fx.Node) -> Carrier:
     return _shared_product(block, node, node.args[0], node.args[1], transposed=False)
 
 
-@rule(aten.addmm.default)
+@rule(aten.addmm.default, family="mixes", data=(1, 2))
 def addmm(block: Block, node: fx.Node) -> Carrier:
     bias, x, w = node.args[:3]
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
@@ -57,7 +57,7 @@ def _times(d: Carrier, factor: Any) -> Carrier:
     return d if d is Zero or factor == 1 else Dense(dense(d) * factor)
 
 
-@rule(aten.mv.default)
+@rule(aten.mv.default, family="mixes", data=(0, 1))
 def mv(block: Block, node: fx.Node) -> Carrier:
     a, v = node.args
     da, dv = block.d(a), block.d(v)
@@ -143,7 +143,7 @@ def _spread(d: Any, shape: tuple[int, ...]) -> Carrier:
 # --- batched products: both sides are activations
 
 
-@rule(aten.bmm.default, aten.matmul.default)
+@rule(aten.bmm.default, aten.matmul.default, family="mixes", data=(0, 1))
 def bmm(block: Block, node: fx.Node) -> Carrier:
     return _batched_product(block, *node.args)
 
@@ -159,7 +159,7 @@ def _batched_product(block: Block, a: Any, b: Any) -> Carrier:
     return Zero if total is None else Dense(total)
 
 
-@rule(aten._trilinear.default)
+@rule(aten._trilinear.default, family="mixes", data=(0, 1, 2))
 def trilinear(block: Block, node: fx.Node) -> Carrier:
     """nn.Bilinear: sum of a b c after each was given dimensions of size 1. One factor moves after the other."""
     *factors, sums = [*node.args[:3], node.args[6]]
@@ -182,7 +182,7 @@ def trilinear(block: Block, node: fx.Node) -> Carrier:
     return Dense(total)
 
 
-@rule(aten.baddbmm.default)
+@rule(aten.baddbmm.default, family="mixes", data=(0, 1, 2))
 def baddbmm(block: Block, node: fx.Node) -> Carrier:
     bias, a, b = node.args[:3]
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
@@ -231,7 +231,7 @@ class Geometry:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
 
 
-@rule(aten.convolution.default)
+@rule(aten.convolution.default, family="mixes")
 def convolution(block: Block, node: Any) -> Carrier:
     """x [N, C, *spatial] with w [O, C / groups, *kernel], or [C, O / groups, *kernel] when transposed."""
     x, w, bias = node.args[:3]
@@ -307,7 +307,7 @@ def _kernel_moves(block: Block, conv: Geometry, x: Any, dw: Any, shape: tuple[in
     return Dense(out.unflatten(1, (count, shape[1])).transpose(0, 1))
 
 
-@rule(aten.embedding.default)
+@rule(aten.embedding.default, family="rearranges")
 def embedding(block: Block, node: fx.Node) -> Carrier:
     """Rows of w [V, M] picked by an index tensor. A coordinate (v, m) moves feature m wherever v was picked."""
     w, index = node.args[:2]
@@ -321,7 +321,7 @@ def embedding(block: Block, node: fx.Node) -> Carrier:
     return Dense(dense(d)[:, picked])
 
 
-@rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+@rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default, family="linear")
 def embedding_bag(block: Block, node: fx.Node) -> Any:
     """Sums or means of picked rows. A maximum, or weights of their own, take the slow way."""
     given = (*node.args, *(False, 0, False, None, False, -1)[len(node.args) - 3 :])

@@ -23,7 +23,7 @@ def _argument(node: Any, position: int, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else default
 
 
-@rule(aten.cross_entropy_loss.default)
+@rule(aten.cross_entropy_loss.default, family="mixes")
 def cross_entropy(block: Block, node: Any) -> Carrier:
     """Per sample sum_k q_k (-log p_k), with q one-hot for labels; summed, averaged or kept.
 

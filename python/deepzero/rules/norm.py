@@ -76,6 +76,7 @@ def affine(dhat: Tensor | None, hat: Tensor, gamma: Any, dgamma: Any, dbeta: Any
     aten._native_batch_norm_legit.no_stats,
     aten._native_batch_norm_legit_no_training.default,
     aten.native_batch_norm.default,
+    family="mixes",
 )
 def batch_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
     """x [N, C, *spatial]; batch statistics in training, running ones otherwise. Channels never mix."""
@@ -186,7 +187,7 @@ def layer_base(block: Block, node: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
     return block.saved(node, "norm", make)  # type: ignore[no-any-return]
 
 
-@rule(aten.native_layer_norm.default)
+@rule(aten.native_layer_norm.default, family="mixes")
 def layer_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
     x, normal, gamma, beta, eps = node.args
     z = block.exact(x)
@@ -224,7 +225,7 @@ def _row_norm(dz: Tensor, zc: Tensor, var: Tensor, gamma: Tensor | None, eps: An
     return out.reshape(dz.shape)
 
 
-@rule(aten.native_group_norm.default)
+@rule(aten.native_group_norm.default, family="mixes")
 def group_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
     """x [N, C, *spatial], statistics over each of ``groups`` groups of channels of each sample."""
     x, gamma, beta, n, c, _, groups, eps = node.args

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 import dzkernels
 
-from ..carriers import Dense, Zero, dense, occurs
-from .registry import aten, discrete, pointwise, rule
+from ..carriers import Zero, occurs
+from .registry import align, aten, discrete, pointwise, rule
 
 if TYPE_CHECKING:
     from ..block import Block
@@ -417,13 +417,14 @@ def clamp_tensor(*moving: Any) -> Tensor:
     return minimum(lifted, dh, raised, high)
 
 
-@rule(aten.rrelu_with_noise_functional.default)
+@rule(aten.rrelu_with_noise_functional.default, family="pointwise")
 def rrelu(block: Block, node: fx.Node) -> Any:
     """A leaky ReLU outside of training. In training the draws depend on the inputs' signs and cannot be reused."""
     x, _, lower, upper, training = (*node.args, *(0.125, 1 / 3, False)[len(node.args) - 2 :])[:5]
     if training:
         return block.fallback(node)
-    return Dense(leaky_relu(dense(block.d(x)), block.low(x), (lower + upper) / 2)), Zero  # type: ignore[operator]
+    diffs, bases, wrap = align(block, (x,), (block.low(x),), tuple(block.exact(x).shape), block.d)
+    return wrap(leaky_relu(*diffs, *bases, (lower + upper) / 2)), Zero  # type: ignore[operator]
 
 
 @pointwise(aten.where.self, arity=3, exact=True)

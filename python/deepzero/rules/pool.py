@@ -76,6 +76,7 @@ def _ravel(cell: tuple[int, ...], sizes: list[int]) -> int:
     aten.max_pool3d_with_indices.default,
     aten.adaptive_max_pool2d.default,
     aten.adaptive_max_pool3d.default,
+    family="mixes",
 )
 def max_pool(block: Block, node: fx.Node) -> Any:
     """Each window's winner after the move: max over k of (z_k - max z) + dz_k. Indices, if read, take the slow way."""
@@ -109,7 +110,7 @@ def max_pool(block: Block, node: fx.Node) -> Any:
     return (carrier, Zero) if isinstance(result, tuple | list) else carrier
 
 
-@rule(aten.native_dropout.default)
+@rule(aten.native_dropout.default, family="pointwise")
 def dropout(block: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
     """The base pass drew the mask; every query reuses it."""
     x, p, train = (*node.args, True)[:3]

@@ -28,7 +28,7 @@ def _keep(node: fx.Node, position: int) -> bool:
     return bool(node.args[position]) if len(node.args) > position else bool(node.kwargs.get("keepdim", False))
 
 
-@rule(aten.mean.dim, aten.sum.dim_IntList, aten.mean.default, aten.sum.default)
+@rule(aten.mean.dim, aten.sum.dim_IntList, aten.mean.default, aten.sum.default, family="linear")
 def total(block: Block, node: fx.Node) -> Carrier:
     """Sum or mean. One that ends in a single number is accumulated in float64: it is the loss, or part of it."""
     d = block.d(node.args[0])
@@ -68,7 +68,7 @@ def _gap(block: Block, node: fx.Node, dims: list[int], largest: bool) -> Tensor:
     return block.saved(node, "gap", make)  # type: ignore[no-any-return]
 
 
-@rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
+@rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, family="mixes")
 def extremum(block: Block, node: fx.Node) -> Carrier:
     """max(z + dz) - max(z) = max over k of (z_k - max z) + dz_k: the winning element's own difference."""
     values = dense(block.d(node.args[0]))
@@ -82,7 +82,7 @@ def extremum(block: Block, node: fx.Node) -> Carrier:
     return Dense(moved.amax(inner, keepdim=keep) if largest else moved.amin(inner, keepdim=keep))
 
 
-@rule(aten.max.dim, aten.min.dim)
+@rule(aten.max.dim, aten.min.dim, family="mixes")
 def extremum_with_index(block: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
     values = dense(block.d(node.args[0]))
     rank = values.dim() - 1
@@ -96,7 +96,7 @@ def extremum_with_index(block: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
     return Dense(best), Dense(jump) if occurs(jump != 0) else Zero
 
 
-@rule(aten.argmax.default, aten.argmin.default)
+@rule(aten.argmax.default, aten.argmin.default, family="mixes")
 def arg_extremum(block: Block, node: fx.Node) -> Carrier:
     z = block.exact(node.args[0]).double()
     values = z + dense(block.d(node.args[0])).double()
@@ -109,7 +109,7 @@ def arg_extremum(block: Block, node: fx.Node) -> Carrier:
     return Dense((after - block.exact(node)).to(block.dtype))
 
 
-@rule(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims)
+@rule(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims, family="mixes")
 def logical(block: Block, node: fx.Node) -> Carrier:
     d = block.d(node.args[0])
     moved = (block.exact(node.args[0]).double() + dense(d).double()) != 0
@@ -120,7 +120,7 @@ def logical(block: Block, node: fx.Node) -> Carrier:
     return Dense((after.double() - block.exact(node).double()).to(block.dtype))
 
 
-@rule(aten.linalg_vector_norm.default)
+@rule(aten.linalg_vector_norm.default, family="mixes")
 def vector_norm(block: Block, node: fx.Node) -> Carrier:
     """p = 2 by the difference of the square roots of the sums of squares; p = 1 and infinity through |z|."""
     order = node.args[1] if len(node.args) > 1 else 2
@@ -149,7 +149,7 @@ def _norm(values: Tensor, z: Tensor, before: Tensor, order: float, inner: list[i
     return power(grown, before.double() ** order, 1 / order)
 
 
-@rule(aten._cdist_forward.default)
+@rule(aten._cdist_forward.default, family="mixes", data=(0, 1))
 def pairwise_distances(block: Block, node: fx.Node) -> Carrier:
     """|a_i - b_j| for all pairs, as norms of the differences of rows."""
     a, b, order, _ = node.args
@@ -171,7 +171,7 @@ def _abs_gap(z: Tensor, dims: list[int]) -> Tensor:
     return magnitude - magnitude.amax(dims, keepdim=True)
 
 
-@rule(aten.var.correction, aten.var_mean.correction, aten.var.dim)
+@rule(aten.var.correction, aten.var_mean.correction, aten.var.dim, family="mixes")
 def variance(block: Block, node: fx.Node) -> Any:
     """dvar = sum(2 zc dzc + dzc^2) / (n - correction), centred."""
     values = dense(block.d(node.args[0]))
@@ -196,7 +196,7 @@ def variance(block: Block, node: fx.Node) -> Any:
     return out
 
 
-@rule(aten.prod.dim_int, aten.prod.default)
+@rule(aten.prod.dim_int, aten.prod.default, family="mixes")
 def product(block: Block, node: fx.Node) -> Carrier:
     """prod(z + dz) - prod(z), one factor at a time: sum_k (prod of moved before k) dz_k (prod of old after k)."""
     values = dense(block.d(node.args[0]))
@@ -212,7 +212,7 @@ def product(block: Block, node: fx.Node) -> Carrier:
     return Dense(d.unsqueeze(dim + 1) if keep else d)
 
 
-@rule(aten.cumprod.default)
+@rule(aten.cumprod.default, family="mixes")
 def cumulative_product(block: Block, node: fx.Node) -> Carrier:
     """As the product, keeping every partial one."""
     values, z = dense(block.d(node.args[0])), block.low(node.args[0])
@@ -240,7 +240,7 @@ _ORDER = {
 """op with results (values, indices) that picks values by their order -> where its ``dim`` argument is."""
 
 
-@rule(*_ORDER)
+@rule(*_ORDER, family="mixes")
 def order_statistic(block: Block, node: fx.Node) -> tuple[Carrier, Carrier]:
     """The new picks in float64; a value moves as its pick does, plus the distance between the old and the new one."""
     z, d = block.exact(node.args[0]).double(), dense(block.d(node.args[0]))

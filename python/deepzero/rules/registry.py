@@ -1,4 +1,4 @@
-"""The table op -> difference rule, and the families that turn one small function into a rule.
+"""The table op -> :class:`Rule`, and the families that turn one small function into a rule.
 
 A rule takes the running block and a node of the graph, and returns the carrier of the node's difference (or a tuple
 of carriers for an op with several results):
@@ -6,11 +6,14 @@ of carriers for an op with several results):
     rule(block, node) -> Carrier
 
 ``block.d(arg)`` is the carrier of an argument, ``block.low(arg)`` its base value in the query dtype and
-``block.exact(arg)`` in float64. Most ops need no such function; they belong to a family:
+``block.exact(arg)`` in float64. Most ops need no such function; three families write it for them:
 
     linear(op, positions)       the difference goes through the same map
     pointwise(op, ...)          one elementwise function of differences and saved base values
     discrete(op)                piecewise constant: op(base + difference) - op(base), at float64 precision
+
+Others are written by hand and registered with ``@rule(op, family=...)``. What is known of an op stands on its entry of
+the table and nowhere else; only what the capture and the base pass need lies below, in ``graph/ops.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.utils._pytree as pytree
@@ -36,7 +40,7 @@ from ..carriers import (
     select,
     without,
 )
-from ..graph.graph import is_random
+from ..graph.ops import is_random
 
 if TYPE_CHECKING:
     from ..block import Block
@@ -44,18 +48,54 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-Rule = Callable[["Block", fx.Node], Any]
+Function = Callable[["Block", fx.Node], Any]
+
+Family = Literal["pointwise", "discrete", "rearranges", "linear", "mixes", "constant", "opaque"]
+"""What an op does to a difference; ``tests/rules/test_families.py`` holds every rule to it.
+
+pointwise   an entry of the result moves only where an operand moves at the same place, counted after broadcasting
+discrete    the same, and the result jumps
+rearranges  every entry of the result's difference is an entry of an operand's difference, or zero
+linear      twice the difference of the operands gives twice the difference of the result
+mixes       none of these: one moving entry moves many, by a formula of its own
+constant    the result depends on the shape of its input alone and never moves
+opaque      runs code of the user, at a cost and with effects of its own: only queries may call it
+"""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The entry of one op; called as ``rule(block, node)``.
+
+    function  computes the carrier of the result's difference
+    family    what the op does to a difference
+    data      positions of the arguments that carry activations; the others are weights, masks and settings
+    """
+
+    function: Function
+    family: Family
+    data: tuple[int, ...] = (0,)
+
+    def __call__(self, block: Block, node: fx.Node) -> Any:
+        return self.function(block, node)
+
+
 RULES: dict[Any, Rule] = {}
 
 
-def rule(*ops: Any) -> Callable[[Rule], Rule]:
-    """Register one function as the rule of ``ops``. Registering an op twice is an error."""
+def rule(*ops: Any, family: Family, data: Sequence[int] = (0,)) -> Callable[[Function], Function]:
+    """Register one function as the rule of ``ops``; see :class:`Rule`.
 
-    def register(function: Rule) -> Rule:
+    Raises ValueError for an unknown family and for an op that has a rule already.
+    """
+    if family not in get_args(Family):
+        raise ValueError(f"family must be one of {', '.join(get_args(Family))}, got {family!r}")
+
+    def register(function: Function) -> Function:
         for op in ops:
             if op in RULES:
-                raise ValueError(f"{op} already has a rule: {RULES[op].__qualname__}")
-            RULES[op] = function
+                raise ValueError(f"{op} already has a rule: {RULES[op].function.__qualname__}")
+            RULES[op] = Rule(function, family, tuple(data))
         return function
 
     return register
@@ -117,7 +157,7 @@ def linear(op: Any, *positions: int, follow: Follow | None = None, moves: bool =
             out = _batched(block, node, args, positions)
         return tuple(Dense(o) for o in out) if isinstance(out, tuple | list) else Dense(out)
 
-    rule(op)(_named(apply, f"linear {op}"))
+    rule(op, family="rearranges" if moves else "linear", data=positions)(_named(apply, f"linear {op}"))
 
 
 def _contains(args: Any, node: fx.Node) -> bool:
@@ -156,7 +196,7 @@ def _largest(shape: Sequence[int]) -> int:
     return max(range(len(shape)), key=lambda k: shape[k])
 
 
-def _named(function: Rule, name: str) -> Rule:
+def _named(function: Function, name: str) -> Function:
     function.__qualname__ = name
     return function
 
@@ -201,7 +241,7 @@ def pointwise(
             return wrap(function(*(d if d is None else d.double() for d in diffs), *bases, *rest, **kwargs).to(held))
 
         for op in ops:
-            rule(op)(_named(apply, f"pointwise {function.__name__}"))
+            rule(op, family="pointwise", data=range(arity))(_named(apply, f"pointwise {function.__name__}"))
         return function
 
     return register
@@ -288,7 +328,7 @@ def discrete(*ops: Any, arity: int = 1) -> None:
             after = op(*inputs, *block.exact_args(node)[arity:], **block.exact_kwargs(node))
             return wrap((after.double() - _double(saved[-1])).to(block.dtype))
 
-        rule(op)(_named(apply, f"discrete {op}"))
+        rule(op, family="discrete", data=range(arity))(_named(apply, f"discrete {op}"))
 
 
 def _double(value: Any) -> Any:

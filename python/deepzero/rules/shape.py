@@ -15,13 +15,22 @@ if TYPE_CHECKING:
     from ..block import Block
 
 
-@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_alias.default)
+@rule(
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_alias.default, family="rearranges"
+)
 def view(block: Block, node: fx.Node) -> Carrier:
     d, shape = block.raw(node.args[0]), tuple(block.exact(node).shape)
     return _reshaped(d, shape)
 
 
-@rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.flatten.using_ints)
+@rule(
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.flatten.using_ints,
+    family="rearranges",
+)
 def insert(block: Block, node: fx.Node) -> Carrier:
     return _reshaped(block.raw(node.args[0]), tuple(block.exact(node).shape))
 
@@ -39,14 +48,14 @@ def _reshaped(d: Any, shape: tuple[int, ...]) -> Carrier:
     return Dense(values.reshape(len(values), *shape))
 
 
-@rule(aten.permute.default)
+@rule(aten.permute.default, family="rearranges")
 def permute(block: Block, node: fx.Node) -> Carrier:
     d = block.raw(node.args[0])
     dims = [k % len(d.shape) for k in node.args[1]]  # type: ignore[union-attr,operator]
     return _permuted(d, dims)
 
 
-@rule(aten.t.default, aten.transpose.int)
+@rule(aten.t.default, aten.transpose.int, family="rearranges")
 def transpose(block: Block, node: fx.Node) -> Carrier:
     d = block.raw(node.args[0])
     dims = list(range(len(d.shape)))
@@ -66,7 +75,7 @@ def _permuted(d: Any, dims: list[int]) -> Carrier:
     return Dense(d.values.permute(0, *[k + 1 for k in dims]))
 
 
-@rule(aten.expand.default)
+@rule(aten.expand.default, family="rearranges")
 def expand(block: Block, node: fx.Node) -> Carrier:
     return _expanded(block.raw(node.args[0]), tuple(block.exact(node).shape))
 
@@ -91,6 +100,7 @@ def _expanded(d: Any, shape: tuple[int, ...]) -> Carrier:
     aten.lift_fresh_copy.default,
     aten.contiguous.default,
     aten._to_copy.default,
+    family="pointwise",
 )
 def copy(block: Block, node: fx.Node) -> Any:
     """A copy moves as its source does; a cast to an integer or bool type is piecewise constant."""
@@ -160,7 +170,7 @@ linear(aten.index_put.default, 0, 2)
 linear(aten.index.Tensor)
 
 
-@rule(aten.constant_pad_nd.default)
+@rule(aten.constant_pad_nd.default, family="rearranges")
 def constant_pad(block: Block, node: fx.Node) -> Carrier:
     """The padding does not move, whatever its value; a channel shifts by the padding before it."""
     d, widths = block.raw(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
@@ -178,14 +188,14 @@ def constant_pad(block: Block, node: fx.Node) -> Carrier:
     return Dense(torch.nn.functional.pad(dense(d), widths))
 
 
-@rule(aten.copy.default)
+@rule(aten.copy.default, family="rearranges", data=(0, 1))
 def copied(block: Block, node: fx.Node) -> Carrier:
     """``destination.copy_(source)``: what the destination held before does not matter."""
     d, shape = block.d(node.args[1]), tuple(block.exact(node).shape)
     return d if d is Zero or tuple(d.shape) == shape else _expanded(d, shape)
 
 
-@rule(aten.masked_fill.Scalar)
+@rule(aten.masked_fill.Scalar, family="pointwise")
 def masked_fill(block: Block, node: fx.Node) -> Carrier:
     if block.d(node.args[1]) is not Zero:
         return block.fallback(node)  # type: ignore[no-any-return]
@@ -201,7 +211,9 @@ def masked_fill(block: Block, node: fx.Node) -> Carrier:
     aten.new_ones.default,
     aten.new_full.default,
     aten.sym_size.int,
+    *(getattr(op, name) for op in (aten.rand_like, aten.randn_like, aten.randint_like) for name in op.overloads()),
+    family="constant",
 )
 def shape_only(block: Block, node: fx.Node) -> Carrier:
-    """Reads the shape of its input, which never moves."""
+    """Reads the shape of its input, which never moves; random numbers of that shape are those of the base pass."""
     return Zero

@@ -32,7 +32,7 @@ def _probabilities(block: Block, node: fx.Node) -> Tensor:
     return block.saved(node, "softmax", lambda: torch.softmax(z, dim))  # type: ignore[no-any-return, arg-type]
 
 
-@rule(aten._log_softmax.default)
+@rule(aten._log_softmax.default, family="mixes")
 def log_softmax(block: Block, node: fx.Node) -> Carrier:
     """In float64: what follows is the loss, in which almost everything cancels."""
     d = dense(block.d(node.args[0])).double()
@@ -40,7 +40,7 @@ def log_softmax(block: Block, node: fx.Node) -> Carrier:
     return Dense(d - log_sum_exp(d, _probabilities(block, node), dim))
 
 
-@rule(aten._softmax.default)
+@rule(aten._softmax.default, family="mixes")
 def softmax(block: Block, node: fx.Node) -> Carrier:
     d = dense(block.d(node.args[0])).to(block.dtype)
     dim = int(node.args[1]) % (d.dim() - 1)  # type: ignore[call-overload]
@@ -56,7 +56,7 @@ def _rows(value: Tensor, dim: int) -> Tensor:
     return moved.reshape(-1, moved.shape[-1])
 
 
-@rule(aten.logcumsumexp.default)
+@rule(aten.logcumsumexp.default, family="mixes")
 def log_cumulative_sum_exp(block: Block, node: fx.Node) -> Carrier:
     """L_k = log(e^L_(k-1) + e^z_k), one element after the other."""
     d, z, before = dense(block.d(node.args[0])), block.exact(node.args[0]), block.exact(node)
