@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent
 
 # One stem per op: csrc/cpu/<op>.cpp, compiled once per instruction set level, and csrc/cuda/<op>.cuh if there is one.
 OPS = tuple(sorted({path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} - {"dispatch"}))
+CUDA_OPS = tuple(sorted({path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cuh")} - {"common", "warp"}))
 PLAIN_SOURCES = ("module", "cpu/dispatch")
-CUDA_SOURCES = ("cuda/library",)  # includes every <op>.cuh
 
 DEFAULT_ARCHS = "80;90"
 _V4 = "-march=x86-64-v4 -mprefer-vector-width=512"
@@ -119,6 +119,13 @@ def kernel_list(ops: Iterable[str]) -> str:
     return "#pragma once\n#define DZ_KERNELS(KERNEL) " + " ".join(f"KERNEL({op})" for op in ops) + "\n"
 
 
+def cuda_list(ops: Iterable[str]) -> str:
+    """The header that csrc/cuda/library.cu includes: the kernels of `ops`, and DZ_CUDA_KERNELS(KERNEL) likewise."""
+    lines = ["#pragma once", *(f'#include "{op}.cuh"' for op in ops)]
+    lines.append("#define DZ_CUDA_KERNELS(KERNEL) " + " ".join(f"KERNEL({op})" for op in ops))
+    return "\n".join(lines) + "\n"
+
+
 def ninja_file(
     root: Path,
     ops: Iterable[str],
@@ -153,15 +160,12 @@ def ninja_file(
             lines += [f"build {objects[-1]}: cxx {csrc}/cpu/{source}.cpp", f"  flags = -O3 -DDZ_ISA={level} {isa}"]
     lines.append(f"build _C.so: link {' '.join(objects)}")
     if cuda.nvcc:
-        sources = " ".join(f"{csrc}/{source}.cu" for source in CUDA_SOURCES)
-        headers = " ".join(
-            f"{csrc}/cuda/{name}.cuh" for name in ("common", "warp", *ops) if (root / f"csrc/cuda/{name}.cuh").exists()
-        )
+        headers = " ".join(f"{csrc}/cuda/{name}.cuh" for name in ("common", "warp", *CUDA_OPS))
         lines += [
             "rule nvcc",
             f"  command = {cuda.nvcc} -shared -O3 -std=c++17 -cudart static -Xcompiler -fPIC,-fvisibility=hidden "
-            f"{gencode(cuda.archs)} $in -o $out",
-            f"build _cuda.so: nvcc {sources} | {headers}",
+            f"-I. -I{csrc}/cuda {gencode(cuda.archs)} $in -o $out",
+            f"build _cuda.so: nvcc {csrc}/cuda/library.cu | cuda_list.h {headers}",
         ]
     return "\n".join(lines) + "\n"
 
@@ -179,6 +183,8 @@ class build_ext(_build_ext):
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
         script = ninja_file(ROOT, OPS, self.levels, self.cuda, includes, os.environ)
         (self.folder / "build.ninja").write_text(script)
+        self.header("kernel_list.h", kernel_list(OPS))
+        self.header("cuda_list.h", cuda_list(CUDA_OPS))
         if self.cuda.nvcc and not self.ninja("_cuda.so"):
             if self.cuda.required:
                 raise CompileError(f"DZ_CUDA=1 but {self.cuda.nvcc} could not compile the CUDA kernels")
@@ -187,7 +193,6 @@ class build_ext(_build_ext):
             self.extensions = [ext for ext in self.extensions if ext.name != "dzkernels._cuda"]
             self.distribution.ext_modules = self.extensions
         self.header("build_config.h", build_config(self.distribution.get_version(), self.cuda))
-        self.header("kernel_list.h", kernel_list(OPS))
         super().run()
         print(summary(self.levels, self.cuda))
 

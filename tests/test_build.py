@@ -17,6 +17,7 @@ from setuptools.errors import SetupError
 
 import dzkernels
 from dzkernels import _load
+from dzkernels._op import DECLARED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -151,12 +152,14 @@ def test_a_space_in_the_path_is_escaped() -> None:
 
 
 def test_setup_finds_the_ops() -> None:
-    composed = {"batch_norm_conv2d"}  # of other ops, on CPUs
-    assert tuple(op for op in dzkernels.OPS if op not in composed) == build.OPS
+    assert set(build.OPS) <= set(dzkernels.OPS)
+    assert tuple(op for op in dzkernels.OPS if "cuda" in DECLARED[op].kernels) == build.CUDA_OPS
 
 
 def test_the_list_of_kernels_is_what_was_built() -> None:
     assert build.kernel_list(["a", "b"]) == "#pragma once\n#define DZ_KERNELS(KERNEL) KERNEL(a) KERNEL(b)\n"
+    cuda = '#include "a.cuh"\n#include "b.cuh"\n#define DZ_CUDA_KERNELS(KERNEL) KERNEL(a) KERNEL(b)\n'
+    assert build.cuda_list(["a", "b"]) == "#pragma once\n" + cuda
     assert tuple(_load.native().kernels()) == build.OPS
 
 

@@ -63,15 +63,12 @@ __global__ void channel_batch_norm_kernel(const float* delta, const int64_t* cha
 
 }  // namespace dz
 
-#ifdef __CUDACC__
 DZ_EXPORT int dz_channel_batch_norm(const float* delta, const int64_t* channel, const float* x, const double* mean,
                                     const double* var, const double* gamma, const float* y, float* out, double eps,
                                     int64_t P, int64_t N, int64_t H, int64_t W, int64_t xn, int64_t xc, int64_t xh,
                                     int64_t xw, int64_t yn, int64_t yc, int64_t yh, int64_t yw, cudaStream_t stream) {
   if (P * N * H * W == 0) return cudaSuccess;
-  constexpr int threads = 512;
-  dz::channel_batch_norm_kernel<<<static_cast<unsigned>(P), threads, threads * sizeof(double), stream>>>(
-      delta, channel, x, mean, var, gamma, y, out, eps, N, H, W, xn, xc, xh, xw, yn, yc, yh, yw);
-  return cudaGetLastError();
+  const unsigned threads = dz::block_of(512);
+  return dz::launch(dz::channel_batch_norm_kernel, dim3(static_cast<unsigned>(P)), threads, threads * sizeof(double),
+                    stream, delta, channel, x, mean, var, gamma, y, out, eps, N, H, W, xn, xc, xh, xw, yn, yc, yh, yw);
 }
-#endif

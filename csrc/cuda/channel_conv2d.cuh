@@ -48,7 +48,6 @@ __global__ void channel_conv2d_kernel(const float* delta, const int64_t* channel
 
 }  // namespace dz
 
-#ifdef __CUDACC__
 DZ_EXPORT int dz_channel_conv2d(const float* delta, const int64_t* channel, const float* weight, float* out, int64_t P,
                                 int64_t N, int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t O, int64_t kh,
                                 int64_t kw, int64_t wo, int64_t wc, int64_t wh, int64_t ww, int64_t stride_h,
@@ -60,9 +59,8 @@ DZ_EXPORT int dz_channel_conv2d(const float* delta, const int64_t* channel, cons
   // At least eight values per thread, to amortise the staging of the weights.
   const int64_t chunks = (Ho * Wo * O + 8 * dz::kThreads - 1) / (8 * dz::kThreads);
   const dim3 grid(static_cast<unsigned>(P * N), static_cast<unsigned>(chunks < 1024 ? chunks : 1024));
-  dz::channel_conv2d_kernel<<<grid, dz::kThreads, static_cast<size_t>(staged ? bytes : 0), stream>>>(
-      delta, channel, weight, out, N, H, W, Ho, Wo, O, kh, kw, wo, wc, wh, ww, stride_h, stride_w, pad_h, pad_w, dil_h,
-      dil_w, in_per_group, out_per_group, staged);
-  return cudaGetLastError();
+  return dz::launch(dz::channel_conv2d_kernel, grid, dz::block_of(dz::kThreads),
+                    static_cast<size_t>(staged ? bytes : 0), stream, delta, channel, weight, out, N, H, W, Ho, Wo, O,
+                    kh, kw, wo, wc, wh, ww, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, in_per_group, out_per_group,
+                    staged);
 }
-#endif

@@ -26,7 +26,6 @@ __global__ void conv2d_tap_kernel(const float* x, const int64_t* coord, const fl
 
 }  // namespace dz
 
-#ifdef __CUDACC__
 DZ_EXPORT int dz_conv2d_tap(const float* x, const int64_t* coord, const float* step, float* out, int64_t P, int64_t N,
                             int64_t H, int64_t W, int64_t Ho, int64_t Wo, int64_t xn, int64_t xc, int64_t xh,
                             int64_t xw, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
@@ -34,9 +33,7 @@ DZ_EXPORT int dz_conv2d_tap(const float* x, const int64_t* coord, const float* s
   if (P * N == 0) return cudaSuccess;
   const int64_t chunks = (Ho * Wo + 4 * dz::kThreads - 1) / (4 * dz::kThreads);
   const dim3 grid(static_cast<unsigned>(P * N), static_cast<unsigned>(chunks < 1024 ? chunks : 1024));
-  dz::conv2d_tap_kernel<<<grid, dz::kThreads, 0, stream>>>(x, coord, step, out, N, H, W, Ho, Wo, xn, xc, xh, xw,
-                                                           stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, in_per_group,
-                                                           out_per_group);
-  return cudaGetLastError();
+  return dz::launch(dz::conv2d_tap_kernel, grid, dz::block_of(dz::kThreads), 0, stream, x, coord, step, out, N, H, W,
+                    Ho, Wo, xn, xc, xh, xw, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, in_per_group,
+                    out_per_group);
 }
-#endif

@@ -38,14 +38,11 @@ __global__ void cross_entropy_difference_kernel(const double* log_probs, const d
 
 }  // namespace dz
 
-#ifdef __CUDACC__
 DZ_EXPORT int dz_cross_entropy_difference(const double* log_probs, const double* probs, const int64_t* target,
                                           const float* dlogits, double* out, int64_t P, int64_t N, int64_t K,
                                           cudaStream_t stream) {
   if (P == 0) return cudaSuccess;
-  constexpr int threads = 128;
-  dz::cross_entropy_difference_kernel<<<static_cast<unsigned>(P), threads, threads * sizeof(double), stream>>>(
-      log_probs, probs, target, dlogits, out, N, K);
-  return cudaGetLastError();
+  const unsigned threads = dz::block_of(128);
+  return dz::launch(dz::cross_entropy_difference_kernel, dim3(static_cast<unsigned>(P)), threads,
+                    threads * sizeof(double), stream, log_probs, probs, target, dlogits, out, N, K);
 }
-#endif

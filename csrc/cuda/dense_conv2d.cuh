@@ -333,7 +333,6 @@ bool with_block(DenseConv2d& s, bool half, int64_t limit, Run run) {
 
 }  // namespace dz
 
-#ifdef __CUDACC__
 // Returns cudaErrorInvalidValue if no block fits.
 DZ_EXPORT int dz_dense_conv2d(const void* delta, const void* weight, void* out, int64_t half, int64_t images, int64_t H,
                               int64_t W, int64_t C, int64_t Ho, int64_t Wo, int64_t O, int64_t stride_h,
@@ -362,10 +361,8 @@ DZ_EXPORT int dz_dense_conv2d(const void* delta, const void* weight, void* out, 
     const int64_t groups = O / Block::kOuts,
                   max_blocks = (static_cast<int64_t>(resident) * processors + groups - 1) / groups;
     const dim3 grid(static_cast<unsigned>(s.tiles < max_blocks ? s.tiles : max_blocks), static_cast<unsigned>(groups));
-    kernel<<<grid, Block::kThreads, shared, stream>>>(static_cast<const T*>(delta), static_cast<const T*>(weight),
-                                                      static_cast<T*>(out), s);
-    error = cudaGetLastError();
+    error = dz::launch(kernel, grid, Block::kThreads, shared, stream, static_cast<const T*>(delta),
+                       static_cast<const T*>(weight), static_cast<T*>(out), s);
   };
   return dz::with_block(s, half != 0, limit, run) ? error : cudaErrorInvalidValue;
 }
-#endif

@@ -26,12 +26,39 @@
 #define __device__
 #define __launch_bounds__(...)
 #define DZ_SHARED(type, name) type* name = reinterpret_cast<type*>(cuda_on_host::shared.data())
+#define DZ_EXPORT extern "C" inline
 
-struct Dim3 {
+struct dim3 {
   unsigned x = 1, y = 1, z = 1;
+  explicit dim3(unsigned x_ = 1, unsigned y_ = 1) : x(x_), y(y_) {}
 };
 
-inline Dim3 gridDim, blockDim, blockIdx, threadIdx{0, 0, 0};
+inline dim3 gridDim, blockDim, blockIdx, threadIdx(0, 0);
+
+// The calls of CUDA that launchers make, of a GPU with few multiprocessors.
+using cudaStream_t = void*;
+using cudaError_t = int;
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 163 * 1024;  // a block of an A100 can have so much
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* resident, Kernel, int, size_t) {
+  *resident = 1;
+  return cudaSuccess;
+}
 
 namespace cuda_on_host {
 
@@ -296,19 +323,17 @@ void store_words(void* to, const uint32_t (&words)[N]) {
 
 inline void __syncthreads() { cuda_on_host::wait(nullptr, nullptr); }
 
-// kernel<<<{grid_x, grid_y}, threads, shared_bytes>>>(args...). Shared memory has exactly that size (rounded up to
-// doubles).
+// kernel<<<grid, threads, shared_bytes>>>(args...). Shared memory has exactly that size (rounded up to doubles).
 template <typename Kernel, typename... Args>
-void launch_on_host(Kernel kernel, unsigned grid_x, unsigned grid_y, unsigned threads, size_t shared_bytes,
-                    bool backwards, Args... args) {
-  gridDim = {grid_x, grid_y, 1};
-  blockDim = {threads, 1, 1};
+void launch_on_host(Kernel kernel, dim3 grid, unsigned threads, size_t shared_bytes, bool backwards, Args... args) {
+  gridDim = grid;
+  blockDim = dim3(threads);
   cuda_on_host::body = [&] { kernel(args...); };
   double nan;
   std::memset(&nan, 0xff, sizeof(nan));  // each of its words and halves is a NaN
-  for (unsigned y = 0; y < grid_y; ++y) {
-    for (unsigned x = 0; x < grid_x; ++x) {
-      blockIdx = {x, y, 0};
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y);
       cuda_on_host::shared = std::vector<double>((shared_bytes + sizeof(double) - 1) / sizeof(double), nan);
       cuda_on_host::threads = std::vector<cuda_on_host::Thread>(threads);
       for (cuda_on_host::Thread& thread : cuda_on_host::threads) thread.fiber.start(cuda_on_host::run_thread);
@@ -316,3 +341,22 @@ void launch_on_host(Kernel kernel, unsigned grid_x, unsigned grid_y, unsigned th
     }
   }
 }
+
+namespace dz {
+
+// Threads of a block, and their order, are other ones at each launch.
+inline unsigned chosen() {
+  static unsigned state = 1;
+  return (state = state * 1664525 + 1013904223) >> 16;
+}
+
+inline unsigned block_of(unsigned) { return 1u << chosen() % 7; }
+
+template <typename... Parameters, typename... Args>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, cudaStream_t,
+                   Args... args) {
+  launch_on_host(kernel, grid, threads, shared, chosen() % 2 == 0, args...);
+  return cudaSuccess;
+}
+
+}  // namespace dz

@@ -1,10 +1,11 @@
-"""Writes what C++ kernels are given and what they must give, for csrc/tests/replay.cpp to run them without torch.
+"""Writes what C++ and CUDA kernels are given and what they must give, for csrc/tests/replay.cpp and replay_cuda.cpp to
+run them without torch and without a GPU.
 
-    python tests/ops/record.py FILE [op ...]
+    python tests/ops/record.py BACKEND FILE [op ...]     cpu or cuda
 
-A call is recorded as dzkernels/cpu/<op>.py makes it, for every case of ops/cases, in plain memory and in odd memory
-where that changes what the kernel is given. Nothing runs but the reference: its result stands where the kernel must
-put its own, with how far that may be off.
+A call is recorded as dzkernels/<backend>/<op>.py makes it, for every case of ops/cases, in plain memory and in odd
+memory where that changes what the kernel is given. Nothing runs but the reference: its result stands where the kernel
+must put its own, with how far that may be off.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from torch.utils._pytree import tree_map_only
 
 import dzkernels
 from dzkernels import backends, cpu
-from dzkernels._load import native
 from dzkernels._op import DECLARED
 from helpers import strided
 from ops.case import Case
 from ops.table import CASES, allowed, results
 
-LARGEST = 1 << 20
+ROOT = Path(__file__).resolve().parents[2]
+
+LARGEST = {"cpu": 1 << 20, "cuda": 1 << 18}
 """Numbers in a call: sanitizers make a kernel some thirty times slower, and more numbers take no other way."""
 
 
@@ -84,38 +86,46 @@ class Call:
                 file.write(struct.pack("<cq", b"i", int(value)))
 
 
-def calls(op: str) -> Iterator[Call]:
-    """What the cases of an op give to its C++ kernel. A case that another kernel runs gives none."""
+def calls(backend: str, op: str) -> Iterator[Call]:
+    """What the cases of an op give to its kernel. None comes from a case that the kernel does not take, nor from one
+    whose result is rounded to another dtype after the kernel."""
+    kernel = DECLARED[op].kernels[backend]
     for case in CASES[op]():
-        if case.dtype != torch.float32 and case.dtype not in DECLARED[op].kernels["cpu"].dtypes:
+        if backend in case.refused or (case.dtype != torch.float32 and case.dtype not in kernel.dtypes):
             continue
         with dzkernels.use_backend("reference"):
             wanted, *_ = results(getattr(dzkernels, op)(**case.args))
-        plain = _given(op, case.args)
+        plain = _given(backend, op, case.args)
         if plain is None:
             continue
         yield _call(op, case, *plain, wanted)
-        odd = _given(op, tree_map_only(Tensor, strided, case.args))
+        odd = _given(backend, op, tree_map_only(Tensor, strided, case.args))
         if odd is not None and not _alike(plain[0], odd[0]):
             yield _call(op, case, *odd, wanted)
 
 
-def _given(op: str, args: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor] | None:
+def _given(backend: str, op: str, args: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor] | None:
     """What a call of the op gives to the kernel, and the result that it makes of the kernel's, not computed yet."""
     given: list[tuple[Any, ...]] = []
     with contextlib.ExitStack() as stack:
         run: Callable[..., Any]
-        if DECLARED[op].kernels["cpu"].result:
+        if DECLARED[op].kernels[backend].result:
             stack.enter_context(mock.patch.object(cpu, "kernel", lambda op: lambda *args: given.append(args)))
             run = cpu.direct(op)
         else:
-            module = importlib.import_module(f"dzkernels.cpu.{op}")
+            module = importlib.import_module(f"dzkernels.{backend}.{op}")
             stack.enter_context(mock.patch.object(module, "launch", lambda module, *args: given.append(args)))
             run = module.run
         stack.enter_context(mock.patch.object(backends, "implementation", lambda backend, op: run))
-        stack.enter_context(dzkernels.use_backend("cpu"))
+        stack.enter_context(mock.patch.object(backends, "choose", lambda *_, **__: backend))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda device: (8, 0)))
         result, *_ = results(getattr(dzkernels, op)(**args))
-    return (given[0], result) if given else None
+    return (given[0], result) if given and any(value is _written(result) for value in given[0]) else None
+
+
+def _written(result: Tensor) -> Tensor:
+    """What a result is a view of."""
+    return result if result._base is None else result._base
 
 
 def _alike(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
@@ -127,7 +137,7 @@ def _alike(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 
 def _call(op: str, case: Case, given: tuple[Any, ...], result: Tensor, wanted: Tensor) -> Call:
-    out = result if result._base is None else result._base
+    out = _written(result)
     arguments: list[Memory | Output | int | float | None] = []
     for value in given:
         if value is out:
@@ -143,8 +153,13 @@ def _call(op: str, case: Case, given: tuple[Any, ...], result: Tensor, wanted: T
             arguments.append(Memory(value.as_strided((last + 1 if value.numel() else 0,), (1,)).contiguous()))
         else:
             arguments.append(value)
-    assert any(isinstance(value, Output) for value in arguments), f"{op}, {case.id}: the result is no kernel's"
     return Call(op, case.id, arguments)
+
+
+def sources(backend: str) -> dict[str, Path]:
+    """The ops that have a kernel in csrc, with its file."""
+    files = sorted((ROOT / "csrc" / backend).glob("*.c*"))
+    return {path.stem: path for path in files if path.stem in dzkernels.OPS}
 
 
 def size(call: Call) -> int:
@@ -153,12 +168,12 @@ def size(call: Call) -> int:
     return sum(values.numel() for values in tensors)
 
 
-def main(path: str, *ops: str) -> None:
+def main(backend: str, path: str, *ops: str) -> None:
     with Path(path).open("wb") as file:
-        for op in ops or native().kernels():
+        for op in ops or sources(backend):
             count = 0
-            for call in calls(op):
-                if size(call) <= LARGEST:
+            for call in calls(backend, op):
+                if size(call) <= LARGEST[backend]:
                     call.write(file)
                     count += 1
             print(f"{op}: {count} calls")

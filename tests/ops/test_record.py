@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import dzkernels
 from ops import record
 from ops.record import Call, Memory, Output
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or "g++"
-SOURCES = {op: ROOT / "csrc" / "cpu" / f"{op}.cpp" for op in dzkernels.OPS}
-OP = min((op for op in SOURCES if SOURCES[op].exists()), key=lambda op: SOURCES[op].stat().st_size)
+SOURCES = record.sources("cpu")
+OP = min(SOURCES, key=lambda op: SOURCES[op].stat().st_size)
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER.split()[0]) is None, reason="no C++ compiler")
 
@@ -40,7 +39,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded() -> list[Call]:
-    return list(record.calls(OP))
+    return list(record.calls("cpu", OP))
 
 
 @pytest.fixture
@@ -119,8 +118,8 @@ def test_a_kernel_without_a_call_fails(replay: Callable[..., subprocess.Complete
     assert result.stderr == f"no call of {OP} was recorded\n"
 
 
-def test_every_kernel_has_calls() -> None:
-    """Of a case each, at least one of which has something to do."""
-    for path in (ROOT / "csrc" / "cpu").glob("*.cpp"):
-        if path.stem != "dispatch":
-            assert any(outputs(call)[0].wanted.numel() for call in record.calls(path.stem)), path.stem
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_every_kernel_has_calls(backend: str) -> None:
+    """At least one of which has something to do."""
+    for op in record.sources(backend):
+        assert any(outputs(call)[0].wanted.numel() for call in record.calls(backend, op)), op
