@@ -36,7 +36,7 @@ def of_dtype(op: str, name: str, tensor: Tensor | None, dtypes: Sequence[torch.d
 
 
 def of_shape(op: str, name: str, tensor: Tensor, wanted: Sequence[int | None], meaning: str) -> None:
-    """`wanted` holds sizes, None where any size will do; `meaning` names the dimensions: '[P, 4]'."""
+    """`wanted` holds the sizes, None for any size; `meaning` names the dimensions: '[P, 4]'."""
     sizes = tensor.shape
     if len(sizes) != len(wanted) or any(w is not None and w != s for w, s in zip(wanted, sizes, strict=True)):
         known = "[" + ", ".join("*" if w is None else str(w) for w in wanted) + "]"
@@ -50,7 +50,7 @@ def same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tens
 
 
 def in_range(op: str, name: str, index: Tensor, size: int, what: str) -> None:
-    """Each index in 0 .. size - 1. Only on the CPU: elsewhere looking would wait for the device."""
+    """Requires each index to be in 0 .. size - 1. Checked on the CPU only: a GPU would have to be waited for."""
     if index.numel() == 0 or index.device.type != "cpu":
         return
     low, high = (int(bound) for bound in torch.aminmax(index))
@@ -70,7 +70,7 @@ def geometry(op: str, stride: Pair, padding: Pair, dilation: Pair) -> tuple[Size
 
 
 def output_size(height: int, width: int, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
-    """Height and width of what a convolution gives; less than 1 where the kernel is larger than the padded input."""
+    """Height and width of a convolution's output; below 1 where the kernel is larger than the padded input."""
     rows, columns = (
         (length + 2 * p - d * (k - 1) - 1) // s + 1
         for length, k, s, p, d in zip((height, width), kernel, stride, padding, dilation, strict=True)
@@ -118,7 +118,7 @@ def form_of_gelu(op: str, approximate: str) -> str:
 
 
 def given(op: str, name: str, tensor: Tensor | None, when: str) -> Tensor:
-    """`tensor`, which an option asks for: 'y must be given with relu=True, got None'."""
+    """`tensor`, which the option `when` requires: 'y must be given with relu=True, got None'."""
     if tensor is None:
         raise ValueError(f"dz::{op}: {name} must be given with {when}, got None")
     return tensor

@@ -1,4 +1,4 @@
-"""Loads the native libraries. A failure is kept, reported by build_info() and raised when an op needs the library."""
+"""Loads the native libraries. A failure is stored; build_info() reports it, and ops that need the library raise it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 
 
 class BackendError(RuntimeError):
-    """A backend or instruction set that was asked for cannot run."""
+    """A backend or instruction set was requested that cannot run here."""
 
 
 @functools.cache
 def _native() -> tuple[ModuleType | None, str | None]:
-    """dzkernels._C and None, or what was loaded and what went wrong."""
+    """(dzkernels._C, None), or what was loaded (perhaps None) and the error."""
     try:
         from . import _C
     except ImportError as error:
         reason = f"dzkernels._C could not be loaded: {error}"
-        warnings.warn(f"{reason}. The CPU kernels are off; reinstall deepzero to build them.", stacklevel=4)
+        warnings.warn(f"{reason}. The CPU kernels are disabled; reinstall deepzero to build them.", stacklevel=4)
         return None, reason
     level = os.environ.get("DZ_ISA")
     if level:
@@ -36,7 +36,7 @@ def _native() -> tuple[ModuleType | None, str | None]:
 
 
 def native() -> ModuleType:
-    """dzkernels._C, or the error that kept it from loading."""
+    """dzkernels._C. BackendError if it did not load."""
     module, error = _native()
     if module is None or error is not None:
         raise BackendError(error)
@@ -45,7 +45,7 @@ def native() -> ModuleType:
 
 @functools.cache
 def kernel(op: str) -> Callable[..., None]:
-    """The CPU kernel of an op, at whatever instruction set level is in use when it is called."""
+    """The CPU kernel of an op. Each call runs at the instruction set level then in use."""
     return native().kernel(op)
 
 
@@ -70,7 +70,7 @@ def _cuda_library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def cuda_library() -> ctypes.CDLL:
-    """The CUDA kernels, or the error that kept them from loading."""
+    """The library of CUDA kernels. BackendError if it did not load."""
     library, error = _cuda_library()
     if library is None:
         raise BackendError(error)
@@ -90,17 +90,17 @@ def version() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """What was built and what of it runs here.
+    """What was built, and what of it can run here.
 
-    version        of deepzero
-    compiler       that built the CPU kernels, None if they did not load
+    version        version of deepzero
+    compiler       compiler of the CPU kernels; None if they did not load
     isa_built      instruction set levels in the binary
-    isa            level in use, None if the CPU kernels did not load
-    isa_reason     why that one
-    isa_refusals   for each level built, why this CPU cannot run it, or None
-    cuda_archs     compute capabilities in the binary, empty without CUDA
-    cuda_reason    how the CUDA kernels were built, or why they were not or do not load
-    native_error   what kept the CPU kernels from loading, None if nothing did
+    isa            level in use; None if the CPU kernels did not load
+    isa_reason     why this level is in use
+    isa_refusals   for each level built, why it cannot run here, or None
+    cuda_archs     compute capabilities in the binary; empty without CUDA
+    cuda_reason    how the CUDA kernels were built, or why they were not built or did not load
+    native_error   why the CPU kernels did not load, or None
     """
     module, error = _native()
     info: dict[str, Any] = {

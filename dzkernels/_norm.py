@@ -1,4 +1,4 @@
-"""What a kernel knows of a norm that it takes over, or that comes after it."""
+"""The arguments that kernels take for a norm fused with them, and the moments they return for the norm after them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class RowNorm(NamedTuple):
-    """The layer norm of rows, as in :func:`layer_norm_difference`.
+    """The layer norm before a linear layer, as in :func:`layer_norm_difference`.
 
     zc     [R, M]       base input minus its mean over the row
     var    [R] float64  mean(zc^2) of the row
-    gamma  [M]          weight, None means 1
-    eps    added to the variance
+    gamma  [M]          weight; None means 1
+    eps                 added to the variance
     """
 
     zc: Tensor
@@ -24,7 +24,7 @@ class RowNorm(NamedTuple):
 
 
 def moments(delta: Tensor, zc: Tensor) -> Tensor:
-    """What a batch norm in training takes from a difference [P, N, C, H, W] of its input: [P, 2, C] float64.
+    """The moments of a difference [P, N, C, H, W] that determine a batch norm in training: [P, 2, C] float64.
 
     moments[p, 0] = mean(delta[p])
     moments[p, 1] = mean(2 zc d + d^2), d = delta[p] - mean(delta[p]): the change of the variance
@@ -38,13 +38,13 @@ def moments(delta: Tensor, zc: Tensor) -> Tensor:
 
 
 def before_relu(zc: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """Base output of a batch norm, [N, C, H, W] float64."""
+    """Base output of a batch norm before its ReLU, [N, C, H, W] float64."""
     scale = gamma / (var + eps).sqrt()
     return scale[:, None, None] * zc.double() + beta[:, None, None]
 
 
 def window_gap(y: Tensor, pooled: Tensor, pool: int) -> Tensor:
-    """max(y, 0) [N, C, H, W] minus the largest of its window, which is `pooled`: at most 0, 0 outside of windows."""
+    """max(y, 0) [N, C, H, W] minus `pooled`, the maximum of its pooling window: at most 0; 0 outside of windows."""
     rows, columns = pooled.shape[2:]
     gap = y.clamp(min=0)
     gap[:, :, rows * pool :] = 0

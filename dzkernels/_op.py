@@ -1,7 +1,7 @@
-"""How an op is declared: its tensors, which every call is checked against, and the kernels that there are.
+"""The declaration of an op: its tensors, which every call is checked against, and its kernels.
 
-An op is declared once, in dzkernels/ops/<op>.py. The list of ops, what dzkernels exports, the choice of a backend and
-the table in docs/gpu.md follow from the declarations.
+An op is declared once, in dzkernels/ops/<op>.py. The list of ops, the exports of dzkernels, the choice of a backend and
+the table in docs/gpu.md are derived from the declarations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ FLOAT64: Dtypes = (torch.float64,)
 WIDE: Dtypes = (torch.float32, torch.float64)
 BFLOAT16: Dtypes = (torch.bfloat16,)
 
-# What depends on the leading tensor, the first one given among those declared as LEAD: it chooses the backend.
+# Rules for dtypes that depend on the leading tensor: the first tensor given among those declared as LEAD. It also
+# decides the backend.
 LEAD = "any floating-point dtype; the others declared so have that of the first"
 LIKE = "the dtype of the leading tensor"
 BASE = "float64 where the leading tensor is, else float32"
@@ -34,12 +35,12 @@ BASE_OR_BFLOAT16 = "likewise, or bfloat16"
 class Arg:
     """One tensor of an op.
 
-    name      as errors call it
-    dims      its shape: 'P, N, H, W'. A name has one value in all tensors of a call; 'P, 4' and 'H, 2 D + E' hold
-              numbers and sums of products of names, '*s' at the end any number of dimensions
-    dtypes    those it may have, or one of the rules above
-    optional  may be None
-    filled    dimensions that must not be 0, unless its P is: 'N, H and W'
+    name      its name in error messages
+    dims      its shape: 'P, N, H, W'. A name has the same value in all tensors of a call. A dimension may also be a
+              number ('P, 4') or a sum of products of names ('H, 2 D + E'); a final '*s' is any number of dimensions
+    dtypes    the dtypes it may have, or one of the rules above
+    optional  whether it may be None
+    filled    the dimensions that must not be 0 unless P is 0: 'N, H and W'
     below     for indices: the dimension that they index
     what      for indices: what that dimension counts
     """
@@ -57,7 +58,7 @@ Sizes = dict[str, int]
 
 
 class _Shape:
-    """The dimensions of an argument, taken apart once."""
+    """The parsed dimensions of an argument."""
 
     def __init__(self, arg: Arg) -> None:
         self.arg = arg
@@ -71,7 +72,7 @@ class _Shape:
 
     @property
     def rank(self) -> tuple[bool, bool]:
-        """What is optional, or takes sizes that other tensors have, is held to the others, not they to it."""
+        """The order of checks: optional tensors and those with computed sizes come last."""
         return self.arg.optional, any(" " in dim for dim in self.computed)
 
     def bind(self, op: str, tensor: Tensor, sizes: Sizes) -> None:
@@ -91,7 +92,7 @@ class _Shape:
 
 
 def _value(dim: str, sizes: Sizes) -> int:
-    """Of a sum of products, '2 D + E'."""
+    """The value of a sum of products, '2 D + E'."""
     return sum(
         math.prod(int(factor) if factor.isdigit() else sizes[factor] for factor in term.split())
         for term in dim.split(" + ")
@@ -109,13 +110,14 @@ def _dtypes(arg: Arg, lead: torch.dtype) -> Dtypes:
 class Kernel:
     """A kernel of one backend, started by run() of dzkernels/<backend>/<op>.py. All of them take float32.
 
-    dtypes        it takes beyond float32
-    on_request    runs only where its backend is asked for by name: PyTorch's own op may be as fast, and no GPU has
-                  measured it
-    with_moments  with on_request: runs also where the moments of the next norm are asked for; PyTorch's op has none
-    note          what the table in docs/gpu.md says of it
-    result        for C++ kernels that need no file to start them, as dzkernels.cpu.direct does: the shape of the
-                  float32 result in names of dimensions, 'P, R, K'
+    dtypes        dtypes it takes besides float32
+    on_request    never chosen automatically, only if its backend is requested by name: it has not been measured on a
+                  GPU, and PyTorch's own op may be as fast
+    with_moments  an exception to on_request: it is chosen if the call requests the moments of the next norm, which
+                  PyTorch's op cannot return
+    note          text for the table in docs/gpu.md
+    result        for C++ kernels that dzkernels.cpu.direct calls without a file of their own: the shape of the float32
+                  result, in names of dimensions: 'P, R, K'
     """
 
     dtypes: Dtypes = ()
@@ -126,12 +128,12 @@ class Kernel:
 
 
 def op_of(module: str) -> str:
-    """The op that a module is about, by the module's __name__: its file is called after the op."""
+    """The op of a module, from the module's __name__: files are named after their op."""
     return module.rpartition(".")[2]
 
 
 class Op:
-    """An op: its tensors, and its kernels beside the reference by the name of their backend."""
+    """An op: its tensors, and its kernels by the name of their backend. The reference needs no declaration."""
 
     def __init__(self, module: str, *args: Arg, **kernels: Kernel) -> None:
         self.name = op_of(module)
@@ -144,19 +146,20 @@ class Op:
         DECLARED[self.name] = self
 
     def __call__(self, *tensors: Tensor | None) -> Sizes:
-        """The value of every name of a dimension. `tensors` are given in the order of the declaration, None for those
-        there are not; TypeError or ValueError where one is not as declared.
+        """Checks `tensors` against the declaration and returns the value of every dimension name.
 
-        What has passed once, by shapes, dtypes and devices, passes again without another look.
+        They are given in the order of the declaration, None if absent. TypeError or ValueError if one does not fit.
+
+        A combination of shapes, dtypes and devices that has passed once is not checked again; indices always are.
         """
         try:
             key = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-        except AttributeError:  # one is no tensor
+        except AttributeError:  # one is not a tensor
             key = None
         sizes = self._passed.get(key)
         if sizes is None:
             sizes = self._check(tensors)
-            if len(self._passed) >= _KEPT:
+            if len(self._passed) >= _MAX_PASSED:
                 self._passed.clear()
             self._passed[key] = sizes
         for at, arg in self._indices:
@@ -179,13 +182,13 @@ class Op:
         return sizes
 
 
-# Combinations of shapes that an op remembers: blocks of a plan have few.
-_KEPT = 1024
+# Maximum number of combinations of shapes that an op remembers as checked. The blocks of a plan have few.
+_MAX_PASSED = 1024
 
 # Every op by its name, once dzkernels.ops is imported.
 DECLARED: dict[str, Op] = {}
 
 
 def kernel(backend: str, op: str) -> Kernel | None:
-    """What is declared of it; every op has a reference, which takes any dtype."""
+    """The declaration of a kernel, None if there is no such kernel. Every op has a reference, which takes any dtype."""
     return Kernel(check.FLOATS) if backend == "reference" else DECLARED[op].kernels.get(backend)

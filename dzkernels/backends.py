@@ -1,7 +1,7 @@
 """The backends, and the choice between them.
 
-An explicit choice (DZ_BACKEND or use_backend) runs or raises. The automatic one takes the first backend of the list
-that can run the op on these tensors; where that is not the best one for the device, it says so once per op.
+A requested backend (DZ_BACKEND or use_backend) runs or raises. The automatic choice is the first of BACKENDS that can
+run the op on these tensors; if that is not the best one for the device, the reason is logged once per op.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ._load import BackendError
 from ._op import kernel as declared_kernel
 
 __all__ = [
-    "BACKENDS", "BackendError", "able", "asked_for", "available_backends", "choose", "has_kernel", "implementation",
+    "BACKENDS", "BackendError", "able", "available_backends", "choose", "has_kernel", "implementation", "requested",
     "use_backend", "use_isa",
 ]  # fmt: skip
 
@@ -59,7 +59,7 @@ def _refuse_triton(device: torch.device | None, dtype: torch.dtype | None) -> st
 
 @functools.cache
 def _has_compiler() -> bool:
-    """For the launchers that Triton builds when a kernel first runs."""
+    """Whether there is a C compiler. Triton needs one to build the launcher of a kernel on its first run."""
     return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
@@ -85,7 +85,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# Why a backend cannot run on this device with this dtype (None: does not matter); None if it can.
+# Why a backend cannot run on a device (None: any) with a dtype (None: any); None if it can.
 _REFUSALS: dict[str, Callable[[torch.device | None, torch.dtype | None], str | None]] = {
     "cuda": _refuse_cuda,
     "triton": _refuse_triton,
@@ -94,8 +94,8 @@ _REFUSALS: dict[str, Callable[[torch.device | None, torch.dtype | None], str | N
 }
 
 
-def asked_for() -> str | None:
-    """The backend of an explicit choice."""
+def requested() -> str | None:
+    """The backend requested by use_backend or DZ_BACKEND, or None."""
     name = _forced.get() or os.environ.get("DZ_BACKEND")
     return _check_name(name, "DZ_BACKEND") if name else None
 
@@ -112,11 +112,11 @@ def _refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def able(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The backends that can run `op` on such tensors, in the order of choice; where one is asked for, that one or none.
+    """The backends that can run `op` on such tensors, in order of preference; if one is requested, that one or none.
 
-    Says nothing of kernels that run on request only: they can.
+    Includes kernels that run on request only.
     """
-    forced = asked_for()
+    forced = requested()
     names = (forced,) if forced else ("cpu", "reference") if device.type == "cpu" else BACKENDS
     return tuple(name for name in names if _refusal(name, op, device, dtype) is None)
 
@@ -134,7 +134,7 @@ def _check_name(name: str, source: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run `name` or raise, inside the block and in this thread. None goes back to the automatic choice."""
+    """In the block, and in this thread, ops run on backend `name` or raise. None restores the automatic choice."""
     token = _forced.set(None if name is None else _check_name(name, "use_backend: name"))
     try:
         yield
@@ -144,7 +144,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_isa(level: str) -> Iterator[None]:
-    """Run the CPU kernels compiled for `level` inside the block, in all threads. For tests and measurements."""
+    """In the block, all threads run the CPU kernels compiled for `level`. For tests and measurements."""
     module = _load.native()
     before = module.isa()
     try:
@@ -157,9 +157,9 @@ def use_isa(level: str) -> Iterator[None]:
         module.set_isa(before)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, *, fused: bool = False) -> str:
-    """The backend that runs `op` on tensors of `device` and `dtype`; `fused`: with the moments of the next norm."""
-    forced = asked_for()
+def choose(op: str, device: torch.device, dtype: torch.dtype, *, moments: bool = False) -> str:
+    """The backend that runs `op` on such tensors. `moments`: the call requests the moments of the next norm."""
+    forced = requested()
     if forced:
         reason = _refusal(forced, op, device, dtype)
         if reason is not None:
@@ -168,26 +168,26 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, *, fused: bool = F
                 f"Available here: {', '.join(available_backends())}"
             )
         return forced
-    if device.type == "cpu":  # the common case first: nothing to explain
+    if device.type == "cpu":  # the common case first: there is no reason to log
         if (refused := _refusal("cpu", op, device, dtype)) is None:
             return "cpu"
         chosen = "reference"
-        # float64 asks for the reference: it is what results are compared with, not a slower way to the same
+        # float64 is meant for the reference, with which results are compared; that needs no warning
         refusals = {} if dtype is torch.float64 and _load.native_error() is None else {"cpu": refused}
     else:
         refusals, waived = {}, False
         for chosen in BACKENDS:
             kernel = declared_kernel(chosen, op)
-            if kernel and kernel.on_request and not (fused and kernel.with_moments):
-                waived = not fused
+            if kernel and kernel.on_request and not (moments and kernel.with_moments):
+                waived = not moments
                 continue
-            refused_here = _refusal(chosen, op, device, dtype)
-            if refused_here is None:
+            refusal = _refusal(chosen, op, device, dtype)
+            if refusal is None:
                 break
             if chosen != "cpu":
-                refusals[chosen] = refused_here
+                refusals[chosen] = refusal
         if waived or (chosen == "triton" and not has_kernel("cuda", op)):
-            refusals = {}  # CUDA kernels are written where they are faster than Triton's, and only there
+            refusals = {}  # a CUDA kernel exists only where it beats Triton's, so Triton is the best choice
     if refusals:
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         text = f"dz::{op} runs on backend {chosen!r} because better ones cannot ({why})"
@@ -208,10 +208,10 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
 
 def run(op: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Run `op` on the backend chosen for `tensor`."""
-    fused = kwargs.get("next_zc") is not None  # PyTorch's ops leave no moments
-    kernel = implementation(choose(op, tensor.device, tensor.dtype, fused=fused), op)
+    moments = kwargs.get("next_zc") is not None
+    kernel = implementation(choose(op, tensor.device, tensor.dtype, moments=moments), op)
     if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):  # Triton launches on the current one
+        with torch.cuda.device(tensor.device):  # Triton launches on the current device
             return kernel(*args, **kwargs)
     return kernel(*args, **kwargs)
 
@@ -230,4 +230,4 @@ def fuses(op: str, device: torch.device) -> bool:
     """Whether plans should ask for `op`, which takes over several layers: on other devices than CPUs the generic rules
     are faster than the reference."""
     names = able(op, device, torch.float32)
-    return bool(names) if device.type == "cpu" or asked_for() else names[:1] not in ((), ("reference",))
+    return bool(names) if device.type == "cpu" or requested() else names[:1] not in ((), ("reference",))

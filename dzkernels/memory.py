@@ -12,9 +12,9 @@ _M_MMAP_MAX = -4
 def keep_freed_memory() -> bool:
     """Let the process keep the memory that it frees, for its next allocation. True if the C library can do that.
 
-    A fresh block of some megabytes otherwise comes from the kernel and costs a page fault per 4 KiB, each time. The
-    price: memory once used is not given back before the process ends. It holds for the whole process and cannot be
-    undone, so nothing here calls it unasked.
+    By default glibc maps every block of some megabytes anew, which costs a page fault per 4 KiB each time. The price:
+    memory once used is not returned to the system before the process ends. This affects the whole process and cannot
+    be undone, so deepzero never calls it by itself.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""C++ kernels: allocate the result and hand tensors and sizes to dzkernels._C."""
+"""C++ kernels: allocate the result and pass tensors and sizes to dzkernels._C."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def launch(module: str, *args: Tensor | int | float | None) -> None:
 
 
 def direct(op: str) -> Callable[..., Tensor]:
-    """What starts a kernel that takes what the declaration says and no more: the tensors in its order, contiguous, the
-    result, the size of each dimension in the order in which the tensors name them, and the options."""
+    """A launcher for a kernel whose arguments follow from the declaration: the tensors in that order, contiguous; the
+    result; the size of each dimension, in the order in which the tensors first name them; the options."""
     declared = DECLARED[op]
-    places: dict[str, tuple[int, int]] = {}
+    axes: dict[str, tuple[int, int]] = {}
     for at, arg in enumerate(declared.args):
         for axis, dim in enumerate(arg.dims.split(", ")):
             if dim.isidentifier() and not arg.optional:
-                places.setdefault(dim, (at, axis))
-    shape = [list(places).index(dim) for dim in declared.kernels["cpu"].result.split(", ")]
+                axes.setdefault(dim, (at, axis))
+    shape = [list(axes).index(dim) for dim in declared.kernels["cpu"].result.split(", ")]
     launched = kernel(op)
 
     def start(*tensors: Tensor | None, **options: float) -> Tensor:
-        sizes = [tensors[at].shape[axis] for at, axis in places.values()]  # type: ignore[union-attr]
+        sizes = [tensors[at].shape[axis] for at, axis in axes.values()]  # type: ignore[union-attr]
         out = torch.empty([sizes[at] for at in shape], dtype=torch.float32, device="cpu")
         launched(*[None if t is None else t.contiguous() for t in tensors], out, *sizes, *options.values())
         return out
@@ -40,7 +40,7 @@ def direct(op: str) -> Callable[..., Tensor]:
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel reads or writes in place of `dtype`: bfloat16 or float32."""
+    """The dtype that a kernel reads or writes for `dtype`: bfloat16 or float32."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
@@ -49,7 +49,7 @@ def is_half(values: Tensor | None) -> bool:
 
 
 def row_norm(norm: RowNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, float]:
-    """zc, var, gamma and eps as kernels take them; null where there is no norm."""
+    """zc, var, gamma and eps as kernels take them; null without a norm."""
     if norm is None:
         return None, None, None, 0.0
     gamma = None if norm.gamma is None else norm.gamma.float().contiguous()

@@ -26,12 +26,12 @@ def run(
 
 
 def _rows(values: Tensor) -> Tensor:
-    """Neighbours in memory along the last dimension, the rest as it is."""
+    """`values` with a contiguous last dimension, copied only if necessary."""
     return values if values.stride(-1) == 1 or values.shape[-1] == 1 else values.contiguous()
 
 
 def _strides(values: Tensor | None, dims: int) -> tuple[int, int, int, int]:
-    """Along perturbations, samples, heads and rows; 0 for those there are not."""
+    """Strides of perturbations, samples, heads and rows; 0 for dimensions that are absent."""
     if values is None:
         return 0, 0, 0, 0
     *outer, row, _ = values.stride()

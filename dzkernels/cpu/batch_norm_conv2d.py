@@ -1,4 +1,4 @@
-"""No kernel of its own: plans for a CPU take the norm and the convolution as two kernels, each at its limit."""
+"""Composed of two kernels, the norm and the convolution: fusing them does not pay on a CPU."""
 
 from __future__ import annotations
 

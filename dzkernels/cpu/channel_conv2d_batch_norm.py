@@ -16,7 +16,7 @@ def run(
     perturbations, samples, height, width = delta.shape
     outs, rows, columns = zc.shape[1:]
     delta, channel, weight = delta.contiguous(), channel.contiguous(), weight.contiguous()
-    zc = zc.transpose(0, 1).contiguous()  # no copy where it lies so
+    zc = zc.transpose(0, 1).contiguous()  # no copy if already laid out so
     var, gamma, beta = var.contiguous(), gamma.contiguous(), beta.contiguous()
     size = () if mean else (rows // pool, columns // pool)
     out = torch.empty(perturbations, samples, *size, outs, dtype=kernel_dtype(out_dtype), device="cpu")

@@ -13,7 +13,7 @@ def run(
     stride: Size, padding: Size, dilation: Size, groups: int, eps: float, training: bool, relu: bool, pool: int,
 ) -> Tensor:  # fmt: skip
     samples, outs, rows, columns = zc.shape
-    x, zc = x.transpose(0, 1).contiguous(), zc.transpose(0, 1).contiguous()  # no copy where they lie so
+    x, zc = x.transpose(0, 1).contiguous(), zc.transpose(0, 1).contiguous()  # no copy if already laid out so
     coord, step = coord.contiguous(), step.contiguous()
     var, gamma, beta = var.contiguous(), gamma.contiguous(), beta.contiguous()
     out = torch.empty(coord.shape[0], samples, rows // pool, columns // pool, dtype=torch.float32, device="cpu")

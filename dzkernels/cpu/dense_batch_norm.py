@@ -11,7 +11,7 @@ def run(
     residual_channel: Tensor | None, y: Tensor | None, pool: int, gap: Tensor | None, out_dtype: torch.dtype,
     moments: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    # moments are taken anew: the second pass reads from cache what the first one read
+    # given moments are ignored: computing them costs little, as the second pass reads the same values from cache
     delta, zc, var, gamma = _last(delta), _last(zc), var.contiguous(), gamma.contiguous()
     if residual is not None:
         residual = _last(residual) if residual_channel is None else residual.contiguous()
@@ -31,5 +31,5 @@ def run(
 
 
 def _last(values: Tensor) -> Tensor:
-    """[..., C, H, W] as contiguous [..., H, W, C]; no copy where it lies so already."""
+    """[..., C, H, W] as contiguous [..., H, W, C]; no copy if it is already laid out so."""
     return values.movedim(-3, -1).contiguous()

@@ -32,10 +32,10 @@ def run(
 
 
 def _winograd_pays(channels: int, outs: int, rows: int, columns: int) -> bool:
-    """Whether tiles of 4x4 outputs beat oneDNN, as measured with AVX-512.
+    """Whether Winograd's F(4x4, 3x3) beats oneDNN, as measured with AVX-512.
 
-    A transform costs as much as a product of about 8 channels; with many channels the transforms of a chunk leave the
-    cache; a tile that hangs over the edge is wasted in part.
+    A transform costs as much as a product over about 8 channels. With many channels the transforms of a chunk no longer
+    fit in cache. Tiles that extend past the edge waste work.
     """
     covered = -(-rows // 4) * -(-columns // 4) * 16
     return min(channels, outs) >= 8 and channels * outs <= 128 * 128 and covered <= 2 * rows * columns

@@ -1,4 +1,4 @@
-"""CUDA kernels: allocate the result and hand addresses to dzkernels._cuda, on the current stream."""
+"""CUDA kernels: allocate the result and pass addresses to dzkernels._cuda, on the current stream."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from . import launch, refused
 
 Size = tuple[int, int]
 
-_MOST = 512
-"""Bytes of a pixel: with more, the weights of 16 output channels do not fit into the shared memory of every GPU."""
+_MAX_PIXEL_BYTES = 512
+"""Maximum bytes of a pixel: with more, the weights of 16 output channels do not fit the shared memory of every GPU."""
 
 
 def run(
@@ -32,7 +32,8 @@ def run(
     result = out.permute(0, 1, 4, 2, 3)
     if next_zc is None:
         return result
-    return result, moments(result, next_zc.contiguous(memory_format=torch.channels_last))  # summed in one order
+    # one memory layout, hence one order of summation
+    return result, moments(result, next_zc.contiguous(memory_format=torch.channels_last))
 
 
 def _refusal(delta: Tensor, weight: Tensor, stride: Size, dilation: Size, groups: int) -> str | None:
@@ -43,10 +44,10 @@ def _refusal(delta: Tensor, weight: Tensor, stride: Size, dilation: Size, groups
             "its kernel is for 3x3 weights and strides of 1 or 2, without dilation or groups, got "
             f"{kernel[0]}x{kernel[1]}, stride={stride}, dilation={dilation}, groups={groups}"
         )
-    most = _MOST // delta.element_size()
-    if channels % 16 or outs % 16 or channels > most:
+    max_channels = _MAX_PIXEL_BYTES // delta.element_size()
+    if channels % 16 or outs % 16 or channels > max_channels:
         return (
-            f"its kernel takes multiples of 16 channels, of {dtype_name(delta.dtype)} at most {most} in, "
+            f"its kernel takes multiples of 16 channels, of {dtype_name(delta.dtype)} at most {max_channels} in, "
             f"got {channels} in and {outs} out"
         )
     capability = torch.cuda.get_device_capability(delta.device)
@@ -56,6 +57,6 @@ def _refusal(delta: Tensor, weight: Tensor, stride: Size, dilation: Size, groups
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous, from an address that 16 bytes can be read from at once."""
+    """Contiguous and aligned to 16 bytes."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -1,8 +1,13 @@
-"""The ops: one file and one function each, with its contract and its kernels. Files of the same stem in
-dzkernels/<backend> implement exactly this.
+"""The ops: one file and one function each, with the contract of the op and the list of its kernels. The files of the
+same name in dzkernels/<backend> implement exactly this contract.
 
-P is the number of perturbations propagated at once, N the number of samples. A difference is the exact change of a
-value, in the units of that value. Any P, 0 included; inputs may have any strides.
+P      number of perturbations propagated at once; may be 0
+N      number of samples
+delta  a difference: the change of a value, not divided by the step, in the units of the value
+u      the unit roundoff of the arithmetic, half an ulp of 1: 2^-24 in float32, 2^-53 in float64, 2^-8 in bfloat16.
+       "6 u |x|" bounds an error by six roundings of numbers of size |x|
+
+Inputs may have any strides.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the ops of batch norms share."""
+"""Declarations and checks shared by the ops with a batch norm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _check as check
 from .._op import BASE, FLOAT64, INT64, LEAD, LIKE, WIDE, Arg, Sizes
 
-# A difference in every channel, before a batch norm.
+# A dense difference that enters a batch norm.
 DENSE = (
     Arg("delta", "P, N, C, H, W", LEAD, filled="N, C, H and W"),
     Arg("zc", "N, C, H, W", BASE),
@@ -40,7 +40,7 @@ def dense_options(
     op: str, *, eps: float, training: bool, residual: Tensor | None, residual_channel: Tensor | None,
     y: Tensor | None, relu: bool, moments: Tensor | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What comes with a difference in every channel, as kernels take it."""
+    """The options of an op on a dense difference, checked, as kernels take them."""
     if residual_channel is not None:
         check.given(op, "residual", residual, "residual_channel")
     if moments is not None and not training:
@@ -58,16 +58,16 @@ def dense_options(
 def dense_tensors(
     *, residual: Tensor | None, residual_channel: Tensor | None, y: Tensor | None, moments: Tensor | None, **_: Any
 ) -> tuple[Tensor | None, ...]:
-    """Those among the options, in the order of DENSE."""
-    everywhere, in_one = (residual, None) if residual_channel is None else (None, residual)
-    return everywhere, in_one, residual_channel, y, moments
+    """The tensors among the options, in the order of DENSE."""
+    dense, single_channel = (residual, None) if residual_channel is None else (None, residual)
+    return dense, single_channel, residual_channel, y, moments
 
 
-def after_convolution(
+def norm_after_convolution(
     op: str, sizes: Sizes, var: Tensor, gamma: Tensor | None, beta: Tensor | None, *, eps: float, training: bool,
     relu: bool, pool: int,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:  # fmt: skip
-    """var, weight and bias in float64 of the norm after a convolution, and its options, as kernels take them."""
+    """(var, weight, bias) in float64 and the options of the norm after a convolution, checked, as kernels take them."""
     if check.pool(op, pool, sizes["Ho"], sizes["Wo"]) > 1 and not relu:
         raise ValueError(f"dz::{op}: relu must be True with pool={pool}, got {relu}")
     weight = torch.ones_like(var) if gamma is None else gamma.double()

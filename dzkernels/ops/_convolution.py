@@ -1,4 +1,4 @@
-"""What the ops of convolutions share."""
+"""Declarations and checks shared by the ops of convolutions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .. import _check as check
 from .._check import Pair, Size
 from .._op import BASE, INT64, LEAD, LIKE, Arg, Sizes
 
-# A weight that moves, and a difference in one input channel.
+# A perturbed weight (a tap), and a difference in one input channel.
 TAP = (Arg("x", "N, Cin, H, W", LEAD), Arg("coord", "P, 4", INT64), Arg("step", "P", LIKE))
 CHANNEL = (Arg("delta", "P, N, H, W", LEAD), Arg("channel", "P", INT64), Arg("weight", "O, Cg, kh, kw", LIKE))
 
-# Base input of the norm after a convolution, minus its mean, where its moments are asked for.
+# The centred base input of the norm after a convolution, given where the op shall return the norm's moments.
 NEXT = Arg("next_zc", "N, O, Ho, Wo", BASE, optional=True, filled="N, O, Ho and Wo")
 
 
@@ -21,7 +21,7 @@ def tap_geometry(
     op: str, sizes: Sizes, coord: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int,
     out_channels: int, **after: Tensor,
 ) -> tuple[Size, Size, Size, Size]:  # fmt: skip
-    """kernel, stride, padding and dilation as pairs; each coordinate is one of the weight."""
+    """kernel, stride, padding and dilation as pairs. ValueError for a coordinate outside the weight."""
     kernel = check.pair(op, "kernel", kernel, 1)
     stride, padding, dilation = check.geometry(op, stride, padding, dilation)
     channels = sizes["Cin"]
@@ -45,7 +45,7 @@ def tap_geometry(
 def channel_geometry(
     op: str, sizes: Sizes, channel: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int, **after: Tensor
 ) -> tuple[Size, Size, Size]:
-    """stride, padding and dilation as pairs; each channel is one of the input."""
+    """stride, padding and dilation as pairs. ValueError for a channel outside the input."""
     stride, padding, dilation = check.geometry(op, stride, padding, dilation)
     groups_of(op, sizes, groups)
     output_size(op, sizes, stride, padding, dilation, **after)
@@ -59,7 +59,7 @@ def groups_of(op: str, sizes: Sizes, groups: int) -> None:
 
 
 def output_size(op: str, sizes: Sizes, stride: Size, padding: Size, dilation: Size, **after: Tensor | None) -> None:
-    """Ho and Wo among the sizes; a tensor `after` the convolution must have them."""
+    """Adds Ho and Wo to the sizes. The tensors in `after` must be of shape [N, O, Ho, Wo]."""
     kernel = (sizes["kh"], sizes["kw"])
     sizes["Ho"], sizes["Wo"] = check.fits(op, sizes["H"], sizes["W"], kernel, stride, padding, dilation)
     for name, tensor in after.items():
@@ -67,8 +67,8 @@ def output_size(op: str, sizes: Sizes, stride: Size, padding: Size, dilation: Si
             check.of_shape(op, name, tensor, [sizes[dim] for dim in ("N", "O", "Ho", "Wo")], "[N, O, Ho, Wo]")
 
 
-def no_images(sizes: Sizes, weight: Tensor, next_zc: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    """What a convolution gives where it has nothing to do."""
+def empty_result(sizes: Sizes, weight: Tensor, next_zc: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """The result of a convolution without elements."""
     perturbations, samples, outs = sizes["P"], sizes["N"], sizes["O"]
     out = weight.new_empty(perturbations, samples, sizes["Ho"], sizes["Wo"], outs).permute(0, 1, 4, 2, 3)
     return out if next_zc is None else (out, out.new_empty(perturbations, 2, outs, dtype=torch.float64))

@@ -22,7 +22,7 @@ def _args(pairs: str) -> tuple[Arg, ...]:
 
 KERNELS = {"cpu": Kernel(BFLOAT16), "triton": Kernel(BFLOAT16)}
 OP = Op(__name__, *_args("B"), **KERNELS)
-# The same op where pairs of sample and head are apart.
+# The same op with samples and heads as two dimensions.
 OP_OF_HEADS = Op(__name__, *_args("N, H"), **KERNELS)
 
 
@@ -38,29 +38,33 @@ def attention_difference(
     scale: float,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Change of the attention softmax(scale * q k^T + mask) v when q, k and v move.
+    """Change of the attention softmax(scale * q k^T + mask) v when q, k and v are perturbed.
 
     dS = scale * (dq k^T + (q + dq) dk^T)
     dA = p * expm1(dS - m), m = log(sum_s p exp(dS)) for each row, as in softmax_difference
     out = dA v + (p + dA) dv
 
-    B is the number of pairs of sample and head; or all tensors have two dimensions, N and H, in its place.
+    B counts pairs of sample and head. All tensors may instead have two dimensions N, H in its place.
 
-    dq      [P, B, T, D]  differences, None: q (k, v) stands still; at least one is given, all of one dtype
+    dq      [P, B, T, D]  differences of one dtype; None where q (k, v) is constant; at least one must be given
     dk      [P, B, S, D]
     dv      [P, B, S, E]
     q       [B, T, D]     base query, float64 for float64 differences, else float32
-    k, v    [B, S, D], [B, S, E]  base key and value, likewise
-    p       [B, T, S]     base attention, rounded once, likewise; where it is 0 (masked) it stays exactly 0
+    k, v    [B, S, D], [B, S, E]  base key and value, of the dtype of q
+    p       [B, T, S]     base attention, rounded once, of the dtype of q; where it is 0 (masked) it stays exactly 0
     result  [P, B, T, E]  contiguous; with N and H [P, N, H, T, E], a view of contiguous [P, N, T, H, E] memory
 
-    The result has the dtype of the differences unless out_dtype is given. Any strides are read in place as long as
-    the last dimension is contiguous.
+    The result has the dtype of the differences unless out_dtype is given. Inputs are read in place if their last
+    dimension is contiguous.
 
-    Exactness: products as in linear_difference. Off by at most (2 D + 19) roundings of the terms of dS, what they
-    become in dA, 24 roundings of dA as in softmax_difference, and (2 S + 17) of the terms of out; where they run in
-    order (CPU) by 2 D + 4 and 2 S + 2.
-    Cost: 2 T S (D for each of dq and dk, E for each of dv and what moves p) operations and T S exponentials.
+    Exactness: products as in linear_difference, with errors of at most
+
+        in    CPU (sums in order)           tensor cores                  of
+        dS    (2 D + 4) u                   (2 D + 19) u                  the sum of |terms| of dS
+        dA    24 u, as in softmax_difference, and the error of dS carried through
+        out   (2 S + 2) u                   (2 S + 17) u                  the sum of |terms| of out
+
+    Cost: per pair 2 T S D operations for each of dq and dk, 2 T S E for dv and again for dA, and T S exponentials.
     """
     given = next((d for d in (dq, dk, dv) if d is not None), None)
     if given is None:

@@ -10,7 +10,7 @@ from .. import backends
 from .._check import Pair
 from .._op import BASE_OR_BFLOAT16, BFLOAT16, Arg, Kernel, Op
 from ._batch_norm import DENSE, dense_options, dense_tensors
-from ._convolution import NEXT, no_images, output_size
+from ._convolution import NEXT, empty_result, output_size
 
 OP = Op(
     __name__,
@@ -59,22 +59,22 @@ def batch_norm_conv2d(
     dilation: Pair = 1,
     next_zc: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A difference in every channel through batch norm, residual and ReLU, and on through a conv2d.
+    """A dense difference through batch norm, residual and ReLU, then through a conv2d.
 
     out[p] = conv2d(a[p], weight), a = dense_batch_norm(delta, zc, var, gamma, ..., out_dtype=weight.dtype)
 
-    For a norm whose output only the convolution reads: a need not be stored.
+    For a norm whose output only the convolution reads, so that a need not be stored.
 
     delta .. moments  as in dense_batch_norm
     weight            [O, C, kh, kw]  bfloat16 or the base dtype of dense_batch_norm
-    next_zc           [N, O, Ho, Wo]  as in dense_conv2d: asks for the moments that the next norm takes
+    next_zc           [N, O, Ho, Wo]  as in dense_conv2d: requests the moments that the next norm takes
     result            [P, N, O, Ho, Wo]  a view of contiguous [P, N, Ho, Wo, O] memory, dtype of weight;
-                      with next_zc the pair of it and its moments [P, 2, O]
+                      with next_zc the pair (result, moments [P, 2, O])
 
-    Exactness: a as in dense_batch_norm, rounded to the dtype of weight; sums in float32 (float64 for float64) of
-    C kh kw products in any order, of float32 operands each within 48 roundings; the sum is rounded once more.
-    Cost: 2 C kh kw operations per output value; reads delta twice, with moments once, and residual once, writes the
-    result. A kernel may apply the norm again for every weight that reads it.
+    Exactness: a as in dense_batch_norm, rounded to the dtype of weight. The result is a sum of C kh kw products in any
+    order, in float32 (float64 for float64), each product of float32 operands within 48 u; the sum is rounded once more.
+    Cost: 2 C kh kw operations per output value. Reads delta twice (once if given moments) and residual once, writes
+    the result. A kernel may recompute the norm for every tap that reads it.
     """
     options = dense_options(
         OP.name, eps=eps, training=training, residual=residual, residual_channel=residual_channel, y=y, relu=relu,
@@ -84,7 +84,7 @@ def batch_norm_conv2d(
     stride, padding, dilation = check.geometry(OP.name, stride, padding, dilation)
     output_size(OP.name, sizes, stride, padding, dilation, next_zc=next_zc)
     if sizes["P"] * sizes["O"] == 0:
-        return no_images(sizes, weight, next_zc)
+        return empty_result(sizes, weight, next_zc)
     scale = torch.ones_like(var) if gamma is None else gamma.to(torch.float64)
     return backends.run(
         OP.name, delta, delta, zc, var, scale, weight, **options, stride=stride, padding=padding, dilation=dilation,

@@ -38,7 +38,7 @@ def channel_batch_norm(
     pool: int = 1,
     gap: Tensor | None = None,
 ) -> Tensor:
-    """A difference that lives in one channel per perturbation, through batch norm, then ReLU, then max pooling.
+    """A single-channel difference through batch norm, ReLU and max pooling.
 
     With z = x[:, c] - mean[c], c = channel[p], d = delta[p] - mean(delta[p]), s = sqrt(var[c] + eps):
     training: dvar = mean(2 z d + d^2), s' = sqrt(var[c] + dvar + eps)
@@ -48,17 +48,18 @@ def channel_batch_norm(
     pool > 1: out = max of gap + a over windows of pool x pool, without padding; trailing rows and columns are dropped
 
     delta    [P, N, H, W]     difference of channel channel[p] of x
-    channel  [P] int64        0 .. C - 1
+    channel  [P] int64        the perturbed channel, 0 .. C - 1
     x        [N, C, H, W]     base input of the norm, dtype of delta
-    mean     [C] float64      of x over N, H, W; only training looks at x and mean
+    mean     [C] float64      of x over N, H, W; x and mean are read only with training
     var      [C] float64      biased variance of x over N, H, W (training), or the running variance
     gamma    [C]              weight of the norm, float32 or float64; None means 1
     y        [N, C, H, W]     base output of the norm before the ReLU, dtype of delta; needed with relu only
     gap      [N, C, H, W]     base activation minus the maximum of its window (<= 0), dtype of delta; with pool > 1
     result   [P, N, H // pool, W // pool]  contiguous, dtype of delta
 
-    Exactness: as in dense_batch_norm. x, y and gap are read fastest from contiguous [C, N, H, W] memory.
-    Cost: reads delta twice, writes the result; the channel of x, y and gap is kept from one perturbation to the next.
+    Exactness: as in dense_batch_norm.
+    Cost: reads delta twice, writes the result. Consecutive perturbations of one channel share its planes of x, y and
+    gap, which are read fastest from contiguous [C, N, H, W] memory.
     """
     y = check.given(OP.name, "y", y, "relu=True") if relu else None
     gap = None if pool == 1 else gap

@@ -23,7 +23,7 @@ def channel_conv2d(
     groups: int = 1,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A difference that lives in one input channel per perturbation, through a conv2d.
+    """A single-channel difference through a conv2d.
 
     out[p, n, o, u, v] = sum_ij pad(delta)[p, n, u * sh + i * dh - ph, v * sw + j * dw - pw] * weight[o, c, i, j]
     with c = channel[p] % Cg for the output channels o of group channel[p] // Cg, and 0 for the others
@@ -35,7 +35,7 @@ def channel_conv2d(
 
     The result has the dtype of delta unless out_dtype is given.
 
-    Exactness: a sum of kh * kw products per output, in any order, rounded once more to another out_dtype.
+    Exactness: a sum of kh * kw products per output, in any order. Another out_dtype costs one more rounding.
     Cost: 2 * kh * kw operations per output value of the group.
     """
     sizes = OP(delta, channel, weight)

@@ -7,7 +7,7 @@ from .. import _check as check
 from .. import backends
 from .._check import Pair
 from .._op import Kernel, Op
-from ._batch_norm import AFTER, after_convolution
+from ._batch_norm import AFTER, norm_after_convolution
 from ._convolution import CHANNEL, channel_geometry
 
 OP = Op(__name__, *CHANNEL, *AFTER, cpu=Kernel())
@@ -32,29 +32,30 @@ def channel_conv2d_batch_norm(
     mean: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A difference that lives in one input channel per perturbation, through a conv2d, batch norm, ReLU, max pooling.
+    """A single-channel difference through a conv2d, batch norm, ReLU and max pooling.
 
     out[p] = dense_batch_norm(channel_conv2d(delta, channel, weight), zc, ...)[p]
-    where y = gamma / sqrt(var + eps) * zc + beta, and gap the difference of max(y, 0) from the largest of its window
+    where y = gamma / sqrt(var + eps) * zc + beta, and gap = max(y, 0) minus the maximum of its window
 
-    delta, channel, weight  as in channel_conv2d, in one group
+    delta, channel, weight  as in channel_conv2d with groups=1
     zc           [N, O, Ho, Wo]  base input of the norm minus its mean, dtype of delta
     var          [O] float64     its biased variance over N, Ho, Wo (training), or the running variance
     gamma, beta  [O]             weight and bias of the norm, float32 or float64; None means 1 and 0
-    relu         needed with pool > 1
-    mean         of each image and channel, at the end
+    relu         must be True with pool > 1
+    mean         return the mean over each image and channel
     result       [P, N, O, Ho // pool, Wo // pool]  a view of contiguous [P, N, Ho // pool, Wo // pool, O] memory;
                  [P, N, O] with mean
 
     The result has the dtype of delta unless out_dtype is given.
 
-    Exactness: as in dense_batch_norm of the values of channel_conv2d. y is taken anew from zc, and off from what the
-    model computed by roundings. zc is read fastest from contiguous [O, N, Ho, Wo] memory.
-    Cost: 4 * kh * kw operations per value of the convolution, which is done twice and stored nowhere.
+    Exactness: as in dense_batch_norm of the values of channel_conv2d. y is recomputed from zc and may differ from the
+    model's own value by rounding.
+    Cost: 4 * kh * kw operations per value of the convolution, which is computed twice and not stored. zc is read
+    fastest from contiguous [O, N, Ho, Wo] memory.
     """
     sizes = OP(delta, channel, weight, zc, var, gamma, beta)
     stride, padding, dilation = channel_geometry(OP.name, sizes, channel, stride, padding, dilation, 1, zc=zc)
-    norm, options = after_convolution(
+    norm, options = norm_after_convolution(
         OP.name, sizes, var, gamma, beta, eps=eps, training=training, relu=relu, pool=pool
     )
     return backends.run(

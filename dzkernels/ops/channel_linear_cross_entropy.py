@@ -21,7 +21,7 @@ OP = Op(
 def channel_linear_cross_entropy(
     delta: Tensor, channel: Tensor, weight: Tensor, log_probs: Tensor, target: Tensor
 ) -> Tensor:
-    """Change of the mean cross-entropy when one input feature of the last linear layer moves.
+    """Change of the mean cross-entropy when one input feature of the last linear layer is perturbed.
 
     out = cross_entropy_difference(log_probs, target, dlogits)
     with dlogits[p, n, k] = delta[p, n] * weight[k, channel[p]], which is neither stored nor rounded
@@ -33,7 +33,7 @@ def channel_linear_cross_entropy(
     target     [N] int64                   class of each sample
     result     [P] float64
 
-    Exactness: float64 throughout, no cancellation for small changes and no overflow for large ones.
+    Exactness: float64 throughout; small changes do not cancel and large ones do not overflow.
     Cost: one product and one expm1 per perturbation, sample and class.
     """
     OP(delta, channel, weight, log_probs, target)

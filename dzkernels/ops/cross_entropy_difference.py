@@ -18,7 +18,7 @@ OP = Op(
 
 
 def cross_entropy_difference(log_probs: Tensor, target: Tensor, dlogits: Tensor) -> Tensor:
-    """Change of the mean cross-entropy when the logits move.
+    """Change of the mean cross-entropy when the logits are perturbed.
 
     out[p] = mean_n(log(sum_k p[n, k] exp(d[k])) - d[target[n]]), d = dlogits[p, n], p = exp(log_probs)
     computed as log1p(sum_k p[n, k] expm1(d[k] - d[target[n]])), which holds because each row of p sums to 1
@@ -28,7 +28,7 @@ def cross_entropy_difference(log_probs: Tensor, target: Tensor, dlogits: Tensor)
     dlogits    [P, N, K]                   change of the logits
     result     [P] float64
 
-    Exactness: float64 throughout, no cancellation for small changes and no overflow for large ones.
+    Exactness: float64 throughout; small changes do not cancel and large ones do not overflow.
     """
     OP(log_probs, target, dlogits)
     return backends.run(OP.name, dlogits, log_probs.to(torch.float64), target, dlogits)

@@ -19,11 +19,11 @@ OP = Op(
 def gelu_difference(
     delta: Tensor, z: Tensor, *, approximate: str = "none", out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Change of GELU when its input moves.
+    """Change of GELU when its input is perturbed.
 
     out[p] = gelu(z + delta[p]) - gelu(z), approximate as in torch.nn.functional.gelu: "none" or "tanh"
-    computed as the Taylor series in delta, and where |delta| > 1/4 as max(z + d, 0) - max(z, 0) by cases plus the
-    change of the bounded rest
+    computed as a Taylor series in delta; where |delta| > 1/4 as (max(z + d, 0) - max(z, 0)) - (t(z + d) - t(z)), where
+    gelu(x) = max(x, 0) - t(x) and t is bounded
 
     delta   [P, *s]  any s
     z       [*s]     base input, float64 for a float64 delta, else float32
@@ -31,9 +31,9 @@ def gelu_difference(
 
     The result has the dtype of delta unless out_dtype is given.
 
-    Exactness: float32 arithmetic; off by at most 6 roundings of 1.13 |delta|, 1.13 being the largest slope, at any
-    delta, rounded once more to another out_dtype.
-    Cost: the coefficients of z once for all P; then reads delta and writes the result, bound by memory traffic.
+    Exactness: float32 arithmetic. The error is at most 6 u 1.13 |delta| for any delta; 1.13 is the largest slope of
+    GELU. Another out_dtype costs one more rounding.
+    Cost: the coefficients of z once for all P; then reads delta and writes the result, bound by memory bandwidth.
     """
     OP(delta, z)
     return backends.run(

@@ -28,11 +28,11 @@ def layer_norm_difference(
     centre: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Change of layer norm, group norm (rows = sample x group) or RMS norm when its input moves.
+    """Change of layer norm, group norm (rows = sample x group) or RMS norm when its input is perturbed.
 
     d = delta[p, r] - mean(delta[p, r]), dvar = mean(2 zc d + d^2), s = sqrt(var + eps), s' = sqrt(var + dvar + eps)
     out[p, r] = gamma * (d / s' - zc * dvar / (s * s' * (s + s')))
-    centre=False (RMS norm): no mean is taken off; d = delta[p, r], zc is the input itself
+    centre=False (RMS norm): no mean is subtracted; d = delta[p, r], and zc is the input itself
 
     delta   [P, R, M]
     zc      [R, M]       base input minus its mean over the row, rounded once; float64 for a float64 delta, else float32
@@ -42,11 +42,13 @@ def layer_norm_difference(
 
     The result has the dtype of delta unless out_dtype is given.
 
-    Exactness: float32 arithmetic, moments of sums of at most 8 float32 terms a lane that go on in float64. Off by at
-    most 16 roundings of |gamma| * ((|delta| + |mean|) / s' + |zc| m / (s s' (s + s'))), m = mean(2 |zc d| + d^2);
-    s' comes from mean((zc + d)^2), so nothing cancels; rounded once more to another out_dtype. Squares must not
-    overflow: |delta|, |zc| < 1e18.
-    Cost: reads delta from memory once and from cache twice more, writes the result.
+    Exactness: float32 arithmetic. Moments are float64 sums of float32 sums of at most 8 terms; s' is computed from
+    mean((zc + d)^2), which does not cancel. The error of an output is at most
+
+        16 u |gamma| ((|delta| + |mean|) / s' + |zc| m / (s s' (s + s')))    m = mean(2 |zc d| + d^2)
+
+    Another out_dtype costs one more rounding. Squares must not overflow: |delta|, |zc| < 1e18.
+    Cost: reads delta once from memory and twice from cache, writes the result.
     """
     OP(delta, zc, var, gamma)
     return backends.run(

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import backends
 from .._norm import RowNorm
 from .._op import BASE, BFLOAT16, LEAD, Arg, Kernel, Op
-from ._rows import around, norm_tensors, product_dtypes, taken
+from ._rows import kernel_residual, norm_and_residual, norm_tensors, product_dtypes
 
 OP = Op(
     __name__,
@@ -17,7 +17,7 @@ OP = Op(
     Arg("v", "N, H, T, E", BASE, filled="E"),
     Arg("p", "N, H, T, T", BASE),
     Arg("project", "M, H E", BASE, filled="M"),
-    *around("N T"),
+    *norm_and_residual("N T"),
     cpu=Kernel(BFLOAT16),
     triton=Kernel(BFLOAT16, note="three kernels, one after the other"),
 )
@@ -38,31 +38,33 @@ def self_attention_difference(
     operands: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Change of a transformer's self-attention, linear, attention, linear, when its input moves.
+    """Change of a transformer's self-attention (linear, attention, linear) when its input is perturbed.
 
-    out[p] = residual[p] + attended[p] project^T, the heads of attended side by side
+    out[p] = residual[p] + attended[p] project^T, with the heads of attended concatenated
     attended = attention_difference(dq, dk, dv, q, k, v, p, scale) where [dq, dk, dv] = d weight[h]^T for head h
     d = delta[p], or with a norm layer_norm_difference(delta, *norm)[p]
 
     delta     [P, N T, K]     N samples of T tokens
-    weight    [H, 2 D + E, K] of the layers that make queries, keys and values: for every head D rows of queries, D of
-                              keys, E of values; float64 for a float64 delta, else float32
-    q, k      [N, H, T, D]    base queries and keys, likewise
-    v         [N, H, T, E]    base values, likewise
-    p         [N, H, T, T]    base attention, rounded once, likewise; where it is 0 (masked) it stays exactly 0
-    project   [M, H E]        weight of the layer after the attention, likewise
-    residual  [P, N T, M]     difference that is added, any floating-point dtype; None means 0
-    norm      zc [N T, K], var [N T] float64, gamma [K] or None, eps; None means there is none
+    weight    [H, 2 D + E, K] of the linear layers before the attention: for every head D rows that give queries, D that
+                              give keys, E that give values; float64 for a float64 delta, else float32
+    q, k      [N, H, T, D]    base queries and keys, of the dtype of weight
+    v         [N, H, T, E]    base values, of the dtype of weight
+    p         [N, H, T, T]    base attention, rounded once, of the dtype of weight; where it is 0 (masked) it stays
+                              exactly 0
+    project   [M, H E]        weight of the linear layer after the attention, of the dtype of weight
+    residual  [P, N T, M]     difference to add, any floating-point dtype; None means 0
+    norm      zc [N T, K], var [N T] float64, gamma [K] or None, eps; None means no norm
     result    [P, N T, M]     contiguous
 
-    The result has the dtype of delta unless out_dtype is given, and so have the linear layers' operands.
+    The linear layers' operands and the result have the dtype of delta unless operands or out_dtype is given.
 
-    Exactness: as linear_difference, attention_difference and linear_difference one after the other, in float32. With
-    operands=torch.bfloat16 d, the weights and the change of the attention are rounded to it once; sums and the
-    attention itself stay float32.
-    Cost: 2 N T H (K (2 D + E) + 2 T (D + E) + E M) operations a perturbation; what lies between delta and the result
-    stays in cache. Meant for weights that do so too.
+    Exactness: as linear_difference, attention_difference and linear_difference in sequence, in float32. With
+    operands=torch.bfloat16 d, the weights and the change of the attention are rounded to bfloat16 once; sums and the
+    attention itself stay in float32.
+    Cost: 2 N T H (K (2 D + E) + 2 T (D + E) + E M) operations per perturbation. All intermediate values stay in cache;
+    meant for weights that fit there too.
     """
     OP(delta, weight, q, k, v, p, project, *norm_tensors(OP.name, norm), residual)
     options = {"scale": float(scale), **product_dtypes(OP.name, delta, operands, out_dtype)}
-    return backends.run(OP.name, delta, delta, weight, q, k, v, p, project, taken(residual, delta), norm, **options)
+    residual = kernel_residual(residual, delta)
+    return backends.run(OP.name, delta, delta, weight, q, k, v, p, project, residual, norm, **options)

@@ -261,11 +261,11 @@ def test_a_convolution_alone_is_pytorchs_on_a_gpu(
         for name in ("cuda", "triton"):
             with dzkernels.use_backend(name):
                 assert backends.choose("dense_conv2d", device, torch.float32) == name
-        assert backends.choose("dense_conv2d", device, torch.float32, fused=True) == "triton"
+        assert backends.choose("dense_conv2d", device, torch.float32, moments=True) == "triton"
     assert not caplog.records
     monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: "no compiler")
     with caplog.at_level(logging.WARNING, logger="dzkernels"):
-        assert backends.choose("dense_conv2d", device, torch.float32, fused=True) == "reference"
+        assert backends.choose("dense_conv2d", device, torch.float32, moments=True) == "reference"
     assert "runs on backend 'reference' because better ones cannot (triton: no compiler)" in caplog.text
 
 

@@ -75,7 +75,7 @@ def test_no_perturbations_need_no_numbers(op: Op) -> None:
 
 
 def test_few_shapes_are_remembered(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_op, "_KEPT", 3)
+    monkeypatch.setattr(_op, "_MAX_PASSED", 3)
     for count in range(1, 9):
         op(zeros(count, 15, 4), *GOOD[1:], None, None)
         assert len(op._passed) <= 3
