@@ -1,1 +1,1 @@
-"""Plain PyTorch, any floating-point dtype: what each op means."""
+"""The reference: the definition of each op in plain PyTorch, for any floating-point dtype."""

@@ -10,10 +10,10 @@ def run(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Tensor, *,
     scale: float, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    probs, turned = p.double(), k.double().mT
+    probs, transposed = p.double(), k.double().mT
     scores, out = [], []
     if dq is not None:
-        scores.append(dq.double() @ turned)
+        scores.append(dq.double() @ transposed)
     if dk is not None:
         scores.append((q.double() if dq is None else q.double() + dq.double()) @ dk.double().mT)
     if scores:

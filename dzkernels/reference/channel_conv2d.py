@@ -14,7 +14,7 @@ def run(
     perturbations, samples = delta.shape[:2]
     rows, width = weight.shape[0], weight.shape[1]
     group = channel // width
-    # One group of the grouped convolution per perturbation: its channel against the rows of that channel's group.
+    # One group of a grouped convolution per perturbation: its channel, with the filters of that channel's group.
     own = weight.reshape(groups, rows // groups, *weight.shape[1:])[
         group, :, channel % width
     ]  # [P, O / groups, kh, kw]

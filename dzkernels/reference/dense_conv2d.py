@@ -13,7 +13,7 @@ def run(
     delta: Tensor, weight: Tensor, *, stride: Size, padding: Size, dilation: Size, groups: int,
     next_zc: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    # channels last is where torch's convolutions are fastest, and what the contract returns
+    # torch's convolutions are fastest in channels-last layout, which is also the layout of the result
     images = delta.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     out = F.conv2d(images, weight, None, stride, padding, dilation, groups)

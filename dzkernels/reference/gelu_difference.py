@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Gauss-Legendre on [0, 1]; six points leave out less than 1e-13 of the integral of the slope over 1/8.
+# Gauss-Legendre nodes and weights on [0, 1]; with six points the integral of the slope over 1/8 has a relative error
+# below 1e-13.
 _HALF = (
     (0.033765242898424, 0.085662246189585),
     (0.169395306766868, 0.180380786524069),

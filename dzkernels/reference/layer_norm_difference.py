@@ -10,7 +10,7 @@ def run(
     d, z = delta.double(), zc.double()
     if centre:
         d = d - d.mean(2, keepdim=True)
-        d = d - d.mean(2, keepdim=True)  # what the rounding of the first mean left
+        d = d - d.mean(2, keepdim=True)  # removes the rounding error of the first mean
     dvar = (d * (2 * z + d)).mean(2, keepdim=True)
     s = (var + eps).sqrt()[:, None]
     t = ((z + d).square().mean(2, keepdim=True) + eps).sqrt()

@@ -1,7 +1,7 @@
 """Block sizes and warps of a launch: the default for its shape, or with DZ_TUNE=1 the fastest of a few, measured once.
 
-What is measured is kept in ~/.cache/deepzero/triton.json (or under XDG_CACHE_HOME) by device and version of Triton.
-Only launches whose results do not depend on the configuration are tuned, so tuning moves no bit.
+The winners are stored in ~/.cache/deepzero/triton.json (or under XDG_CACHE_HOME) by device and version of Triton. Only
+parameters on which results do not depend are tuned, so tuning does not change a bit.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 
 from .._op import op_of
 
-Config = dict[str, int]  # keyword arguments of the launch: constexpr block sizes, num_warps
+Config = dict[str, int]  # keyword arguments of the launch: constexpr block sizes, num_warps, num_stages
 
 _tuned: dict[str, Config] = {}
 
 
 def launch(module: str, shape: Sequence[Any], configs: Sequence[Config], run: Callable[[Config], None]) -> None:
-    """Run with the configuration for the kernel of `module` (a __name__) at `shape`: all that speed depends on. The
-    first is the default.
+    """Call run(config) with one of `configs`, the first of which is the default.
 
-    A launch that is being captured into a CUDA graph is not measured: it takes what was measured before, or the
+    The choice is stored for the kernel of `module` (a __name__) and for `shape`, which holds everything that speed
+    depends on. A launch that is being captured into a CUDA graph is not measured: it uses the stored choice or the
     default.
     """
     run(_choose(op_of(module), shape, configs, run) if os.environ.get("DZ_TUNE") == "1" else configs[0])
@@ -39,7 +39,7 @@ def _choose(name: str, shape: Sequence[Any], configs: Sequence[Config], run: Cal
     key = f"{device}: {name} {' '.join(map(str, shape))}"
     if key not in _tuned:
         _tuned.update(_read())
-    if _tuned.get(key) not in configs:  # not measured yet, or measured among others
+    if _tuned.get(key) not in configs:  # not measured yet, or with other candidates
         if torch.cuda.is_current_stream_capturing():
             return configs[0]
         times = [_milliseconds(run, config) for config in configs]
@@ -49,7 +49,7 @@ def _choose(name: str, shape: Sequence[Any], configs: Sequence[Config], run: Cal
 
 
 def _device() -> str | None:
-    """GPU and version of Triton; None without a GPU, where nothing can be measured."""
+    """Name of the GPU and version of Triton; None without a GPU, where nothing can be measured."""
     if not torch.cuda.is_available():
         return None
     import triton
@@ -70,13 +70,13 @@ def _path() -> Path:
 def _read() -> dict[str, Config]:
     try:
         tuned = json.loads(_path().read_text())
-    except (OSError, ValueError):  # none yet, or not ours
+    except (OSError, ValueError):  # missing, or not written by us
         tuned = None
     return tuned if isinstance(tuned, dict) else {}
 
 
 def _write(tuned: dict[str, Config]) -> None:
-    """At once or not at all. Where the cache cannot be written the next process measures again."""
+    """Writes atomically. If the cache cannot be written, the next process measures again."""
     try:
         _path().parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=_path().parent)

@@ -15,7 +15,7 @@ from ._config import Config, launch
 from .dense_batch_norm import PARTS, change_at, channels_last, empty_parts, merged
 
 Size = tuple[int, int]
-STRIP = 64  # output channels of a program, at most; the input is read once for each strip of them
+STRIP = 64  # maximum output channels of a program; the input is read once for each strip of output channels
 
 
 @triton.jit
@@ -27,12 +27,12 @@ def _kernel(
     RESIDUAL: tl.constexpr, RELU: tl.constexpr, MOMENTS: tl.constexpr, UPCAST: tl.constexpr, PIXELS: tl.constexpr,
     OUTS: tl.constexpr, INS: tl.constexpr,
 ):  # fmt: skip
-    """A matrix product per tap and block of input channels.
+    """One matrix product per tap and block of input channels.
 
-    NORM     is applied to what was loaded: change_at, which reads zc .. y
-    MOMENTS  parts[p, tile] as dense_batch_norm's, of the result as stored
+    NORM     the input is the change after a batch norm, computed by change_at from delta and zc .. y
+    MOMENTS  also writes parts[p, tile], as _moments in dense_batch_norm.py, of the rounded result
     """
-    # perturbations next to each other: they share zc, y, next_zc and the weight, which stay in L2
+    # perturbations vary fastest: they share zc, y, next_zc and the weight, which stay in L2
     p, tile = (tl.program_id(0) % P).to(tl.int64), tl.program_id(0) // P
     q = tile * PIXELS + tl.arange(0, PIXELS)
     group, within = tl.program_id(1) // strips, tl.program_id(1) % strips * OUTS + tl.arange(0, OUTS)
@@ -58,22 +58,22 @@ def _kernel(
             mask=(i < ins_of_group)[:, None] & (within < outs_of_group)[None, :],
             other=0.0,
         )
-        if UPCAST:  # Triton's interpreter takes bfloat16 operands for integers
+        if UPCAST:  # Triton's interpreter treats bfloat16 operands as integers
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="tf32x3")
     result = total.to(out.dtype.element_ty)
     tl.store(out + (p * Q + q)[:, None] * filters + o[None, :], result, mask=wanted)
     if MOMENTS:
         d = tl.where(wanted, result.to(tl.float32), 0.0)
-        shift = tl.sum(d, 0) / tl.minimum(PIXELS, Q - tile * PIXELS)  # so that sums about it do not cancel
+        shift = tl.sum(d, 0) / tl.minimum(PIXELS, Q - tile * PIXELS)  # sums about it do not cancel
         e = tl.where(wanted, d - shift[None, :], 0.0)
         z = tl.load(next_zc + q.to(tl.int64)[:, None] * filters + o[None, :], mask=wanted, other=0.0)
-        to, kept = parts + (p * tiles + tile) * PARTS * filters + o, within < outs_of_group
-        tl.store(to, shift, mask=kept)
-        tl.store(to + filters, tl.sum(e, 0), mask=kept)
-        tl.store(to + 2 * filters, tl.sum(e * e, 0), mask=kept)
-        tl.store(to + 3 * filters, tl.sum(z * e, 0), mask=kept)
-        tl.store(to + 4 * filters, tl.sum(z, 0), mask=kept)
+        to, in_group = parts + (p * tiles + tile) * PARTS * filters + o, within < outs_of_group
+        tl.store(to, shift, mask=in_group)
+        tl.store(to + filters, tl.sum(e, 0), mask=in_group)
+        tl.store(to + 2 * filters, tl.sum(e * e, 0), mask=in_group)
+        tl.store(to + 3 * filters, tl.sum(z * e, 0), mask=in_group)
+        tl.store(to + 4 * filters, tl.sum(z, 0), mask=in_group)
 
 
 def convolve(
@@ -82,16 +82,16 @@ def convolve(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The convolution of the op of `module`, a __name__; delta [P, N, H, W, C] contiguous, P and N at least 1.
 
-    norm  what change_at reads beside delta, and its constants
+    norm  the arguments of change_at besides delta, and its constants
     """
     perturbations, samples, height, width, channels = delta.shape
     outs, ins_of_group, kernel_h, kernel_w = weight.shape
     rows, columns = output_size(height, width, (kernel_h, kernel_w), stride, padding, dilation)
     out = torch.empty(perturbations, samples, rows, columns, outs, dtype=weight.dtype, device=delta.device)
-    turned = weight.permute(2, 3, 1, 0).contiguous()  # [kh, kw, C, O]
+    by_tap = weight.permute(2, 3, 1, 0).contiguous()  # [kh, kw, C, O]
     pixels, results, outs_of_group = samples * height * width, samples * rows * columns, outs // groups
-    # tl.dot takes at least 16 x 16 x 16. INS is not tuned: the order of the sum over inputs depends on it.
-    # Channels that no wide load can read take more registers.
+    # tl.dot needs at least 16 x 16 x 16. INS is not tuned: the order of the sum over input channels depends on it.
+    # Input channels that cannot be read by wide loads take more registers, hence the smaller block.
     ins = 32 if ins_of_group % 16 == 0 and ins_of_group > 16 else 16
     across = min(STRIP, max(16, triton.next_power_of_2(outs_of_group)))
     strips = triton.cdiv(outs_of_group, across)
@@ -102,7 +102,7 @@ def convolve(
     parts = None
     if next_zc is not None:
         next_zc = channels_last(next_zc)
-        configs = configs[:2]  # the partition of the sums and their order depend on the other two
+        configs = configs[:2]  # with the others the sums of the moments would be partitioned differently
         parts = empty_parts(delta, results, configs[0]["PIXELS"], outs)
     inputs = {"zc": None, "coefficients": None, "residual": None, "residual_channel": None, "y": None}
     inputs |= {"TRAINING": False, "RESIDUAL": "none"} | (norm or {})
@@ -110,7 +110,7 @@ def convolve(
     def start(config: Config) -> None:
         tiles = triton.cdiv(results, config["PIXELS"])
         _kernel[(perturbations * tiles, groups * strips)](
-            delta, weight=turned, next_zc=next_zc, out=out, parts=parts, P=perturbations, R=pixels, C=channels,
+            delta, weight=by_tap, next_zc=next_zc, out=out, parts=parts, P=perturbations, R=pixels, C=channels,
             filters=outs, ins_of_group=ins_of_group, outs_of_group=outs_of_group, strips=strips, Q=results, H=height,
             W=width, Ho=rows, Wo=columns, tiles=tiles, blocks=triton.cdiv(ins_of_group, ins), KW=kernel_w,
             TAPS=kernel_h * kernel_w, STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0], PAD_W=padding[1],

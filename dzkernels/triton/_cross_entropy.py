@@ -1,4 +1,4 @@
-"""Change of the mean cross-entropy, from differences of the logits wherever they come from."""
+"""Change of the mean cross-entropy, from differences of the logits or of one input feature of the last linear layer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _changes(moves, own, wk, p, n, k, inside, target, N, K, LINEAR: tl.constexpr
     return tl.where(inside, e, 0.0)
 
 
-# log(sum_k p_k exp(d_k)) - d_y does not change when a constant is added to all d_k, so it equals
-# log1p(sum_k p_k expm1(e_k)) with e_k = d_k - d_y: no difference of two large numbers is left.
+# The change of a sample's loss with class y is log(sum_k p_k exp(d_k)) - d_y. It does not change when a constant is
+# added to all d_k, so it equals log1p(sum_k p_k expm1(e_k)) with e_k = d_k - d_y, which does not cancel.
 @triton.jit
 def _kernel(
     moves, channel, weight, wk, wc, log_probs, probs, target, out, P, N, K,
     LINEAR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # perturbations next to each other: they share the rows of probs, which stay in L2
+    # perturbations vary fastest: they share the rows of probs, which stay in L2
     p = (tl.program_id(0) % P).to(tl.int64)
     block = tl.program_id(0) // P
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -40,18 +40,19 @@ def _kernel(
     if LINEAR:
         own += tl.load(channel + p) * wc
     top = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    moved = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    sum_expm1 = tl.zeros((BLOCK_N,), dtype=tl.float64)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         inside = (n < N)[:, None] & (k < K)[None, :]
         e = _changes(moves, own, wk, p, n, k, inside, t, N, K, LINEAR)
         prob = tl.load(probs + n[:, None] * K + k[None, :], mask=inside, other=0.0)
         top = tl.maximum(top, tl.max(e, 1))
-        moved += tl.sum(prob * expm1_wide(tl.where(e > 700.0, 700.0, e)), 1)  # no infinity, but NaN stays
-    near = (top <= 700.0) & (moved > -0.5)
-    change = log1p_wide(tl.where(near, moved, 0.0))
+        # clamped to stay finite; NaN stays NaN
+        sum_expm1 += tl.sum(prob * expm1_wide(tl.where(e > 700.0, 700.0, e)), 1)
+    near = (top <= 700.0) & (sum_expm1 > -0.5)
+    change = log1p_wide(tl.where(near, sum_expm1, 0.0))
     if tl.min(near.to(tl.int32), 0) == 0:
-        # The sum may be far from 1: plainly log(sum_k exp(log p_k + e_k)), with the largest term taken out.
+        # The sum may be far from 1: log(sum_k exp(log p_k + e_k)), relative to the largest term.
         shift = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float64)
         for first in range(0, K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
@@ -75,11 +76,12 @@ def _kernel(
 def mean_change(
     moves: Tensor, log_probs: Tensor, target: Tensor, channel: Tensor | None = None, weight: Tensor | None = None
 ) -> Tensor:
-    """[P] from dlogits [P, N, K], or with a channel from its difference [P, N] and the weight [K, C]."""
+    """[P] from moves = dlogits [P, N, K]; or, with channel, from moves = the difference [P, N] of that input feature
+    and weight [K, C]."""
     moves, log_probs, target = moves.contiguous(), log_probs.contiguous(), target.contiguous()
     samples, classes = log_probs.shape
     perturbations = moves.shape[0]
-    # The partition depends on shapes alone, and so do the bits of the sum.
+    # The partition, and with it the bits of the sum, depends on shapes alone.
     block_k = min(1024, triton.next_power_of_2(classes))
     block_n = min(max(1, 512 // block_k), triton.next_power_of_2(samples))
     blocks = triton.cdiv(samples, block_n)

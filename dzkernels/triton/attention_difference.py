@@ -8,7 +8,7 @@ from torch import Tensor
 from ._common import expm1_wide
 from ._rows import expm1
 
-# On tensor cores, as the sum of three products of halves of the operands: as good as float32.
+# float32 operands are split into two tf32, three products each: as accurate as float32 sums.
 _PRECISION = tl.constexpr("tf32x3")
 
 
@@ -21,7 +21,7 @@ def _load(rows, stride, R, C, r, c):
 
 @triton.jit
 def _scores(operands, t, s, BLOCK_D: tl.constexpr):
-    """p [t, s], and dS there, 0 where p is: what has no probability has no say."""
+    """(p, dS) at [t, s]; dS is 0 where p is 0, so that its value there does not matter."""
     dq, dq_t, dk, dk_s, q, q_t, k, k_s, prob, scale, T, S, D = operands
     d = tl.zeros((t.shape[0], s.shape[0]), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -38,14 +38,14 @@ def _scores(operands, t, s, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _growth(d):
-    """exp(d) - 1, infinite past 60."""
+def _expm1_or_inf(d):
+    """exp(d) - 1; infinite for d > 60."""
     return tl.where(d > 60.0, float("inf"), expm1(d))
 
 
 @triton.jit
 def _add(total, change, p, values, s, e):
-    """total + change v + (p + change) dv, one part of the columns after the other to save registers."""
+    """total + change v + (p + change) dv, in parts of the columns to save registers."""
     dv, dv_s, v, v_s, S, E = values
     new = ()
     for i in tl.static_range(len(total)):
@@ -78,7 +78,7 @@ def _store(to, row_stride, total, rows, t, e, T, E):
 
 @triton.jit
 def _far(operands, values, S, t, e, PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The result for any rows, in float64 where it counts."""
+    """The result for rows whose sum of exponentials is far from 1, with the softmax in float64."""
     top = tl.full((t.shape[0], 1), -3e38, dtype=tl.float64)
     summed = tl.zeros_like(top)
     before = summed
@@ -90,7 +90,7 @@ def _far(operands, values, S, t, e, PARTS: tl.constexpr, BLOCK: tl.constexpr, BL
         summed += tl.sum(p * tl.exp(d - higher), 1)[:, None]
         before += tl.sum(p, 1)[:, None]
         top = higher
-    # m = top + rest, kept apart: top may be so large that rest would drown.
+    # m = top + rest, not added: rest would be lost beside a large top
     rest = tl.log(summed / before)
     total = _zeros(t, e, PARTS)
     for start in range(0, S, BLOCK):
@@ -108,9 +108,10 @@ def _kernel(
     dv_p, dv_n, dv_h, dv_s, q_n, q_h, q_t, k_n, k_h, k_s, v_n, v_h, v_s, MOVES: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Two passes over the columns s, the first for the sum of exponentials. Rows whose sum ends far from 1 are rare: in
-    float64, where it counts, and anew (csrc/cpu/softmax.h)."""
-    piece = tl.program_id(0).to(tl.int64)  # what shares a sample and head are neighbours, tiles of rows nearest
+    """Two passes over the columns s; the first sums the exponentials. Rows whose sum is far from 1 are rare: _far
+    computes them again (formulas in csrc/cpu/softmax.h)."""
+    # tiles of rows vary fastest, then perturbations: they share a sample and head
+    piece = tl.program_id(0).to(tl.int64)
     at, b = piece // tiles % P, piece // tiles // P
     n, h = b // H, b % H
     t = (piece % tiles * BLOCK_T).to(tl.int32) + tl.arange(0, BLOCK_T)
@@ -136,17 +137,17 @@ def _kernel(
             total = _add(total, None, _load(prob, S, T, S, t, s), values, s, e)
         _store(to, H * E, total, t >= 0, t, e, T, E)
     else:
-        moved = tl.zeros((BLOCK_T,), dtype=tl.float64)
+        sum_expm1 = tl.zeros((BLOCK_T,), dtype=tl.float64)
         for start in range(0, S, BLOCK_S):
             p, d = _scores(operands, t, start + columns, BLOCK_D)
-            moved += tl.sum((p * _growth(d)).to(tl.float64), 1)
-        near = (moved > -0.5) & (moved < float("inf"))  # not so for NaN
-        shift, rate = moved.to(tl.float32)[:, None], (1.0 / (1.0 + moved)).to(tl.float32)[:, None]
+            sum_expm1 += tl.sum((p * _expm1_or_inf(d)).to(tl.float64), 1)
+        near = (sum_expm1 > -0.5) & (sum_expm1 < float("inf"))  # false for NaN
+        shift, rate = sum_expm1.to(tl.float32)[:, None], (1.0 / (1.0 + sum_expm1)).to(tl.float32)[:, None]
         for start in range(0, S, BLOCK_S):
             s = start + columns
             p, d = _scores(operands, t, s, BLOCK_D)
-            # expm1(d - m) = (expm1(d) - moved) / (1 + moved)
-            total = _add(total, p * ((_growth(d) - shift) * rate), p, values, s, e)
+            # expm1(d - m) = (expm1(d) - sum_expm1) / (1 + sum_expm1)
+            total = _add(total, p * ((_expm1_or_inf(d) - shift) * rate), p, values, s, e)
         _store(to, H * E, total, near, t, e, T, E)
         if tl.sum((~near).to(tl.int32)) > 0:
             total = _far(operands, values, S, t, e, PARTS, 16, BLOCK_D)
@@ -165,9 +166,9 @@ def run(
     others, width = v.shape[-2:]
     out = torch.empty(given.shape[0], samples, rows, pairs, width, dtype=out_dtype, device=q.device)
     if out.numel() > 0:
-        # As large as the registers allow: halves of the operands of a product lie there whole.
+        # As large as the registers allow, which hold the split operands of a product.
         limits = {"BLOCK_T": (rows, 128), "BLOCK_S": (others, 32), "BLOCK_D": (inner, 16), "BLOCK_E": (width, 32)}
-        block = {name: max(16, min(most, triton.next_power_of_2(size))) for name, (size, most) in limits.items()}
+        block = {name: max(16, min(limit, triton.next_power_of_2(size))) for name, (size, limit) in limits.items()}
         tiles, parts = triton.cdiv(rows, block["BLOCK_T"]), min(4, triton.cdiv(width, block["BLOCK_E"]))
         grid = (samples * pairs * given.shape[0] * tiles, triton.cdiv(width, parts * block["BLOCK_E"]))
         _kernel[grid](
@@ -179,7 +180,7 @@ def run(
 
 
 def _rows(values: Tensor | None, heads: bool) -> Tensor | None:
-    """Neighbours in memory along the last dimension, the rest as it is; one head where there is no such dimension."""
+    """`values` with a contiguous last dimension, copied only if necessary, and with a dimension of heads."""
     if values is None:
         return None
     values = values if values.stride(-1) == 1 or values.shape[-1] == 1 else values.contiguous()

@@ -5,18 +5,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import larger, moved_norm, norm_coefficients, relu_change
+from ._common import max_of, norm_coefficients, norm_moments, relu_change
 from ._config import Config, launch
 
-# The partition of the sums depends on nothing but the size of a channel, and so do their bits: float32 within a lane of
-# a chunk, float64 from there on.
+# Sums are in float32 within a lane of a chunk, in float64 over lanes and chunks. Their partition, and with it their
+# bits, depends on the size of a channel alone.
 BLOCK = 1024
 CHUNK = 8 * BLOCK
 
 
 @triton.jit
 def _at(m, H, W, sn, sh, sw, PLANES: tl.constexpr):
-    """Where element m of a channel in the order of [N, H, W] lies; with PLANES channels are contiguous."""
+    """The offset of element m, in the order of [N, H, W], of a channel; with PLANES channels are contiguous."""
     return m if PLANES else (m // (H * W)).to(tl.int64) * sn + m // W % H * sh + m % W * sw
 
 
@@ -26,12 +26,12 @@ def _moments(
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """parts[p, chunk] = (shift, sums of e, e^2 and zc e), e = d - shift."""
-    # perturbations next to each other: those of one channel share the chunk of x, which stays in L2
+    # perturbations vary fastest: those of one channel share the chunk of x, which stays in L2
     p, chunk = (tl.program_id(0) % P).to(tl.int64), tl.program_id(0) // P
     c = tl.load(channel + p)
     centre = tl.load(mean + c)
     d_p, x_c = delta + p * M, x + c * xc
-    # The mean of 16 elements: near enough to the mean of all, so that sums about it do not cancel.
+    # The mean of 16 elements is close enough to the mean of all to avoid cancellation in the sums.
     k, seen = tl.arange(0, 16), tl.minimum(M, 16)
     shift = tl.sum(tl.load(d_p + k.to(tl.int64) * M // seen, mask=k < seen, other=0.0), 0) / seen
     e1 = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -65,21 +65,21 @@ def _finish(
     e2 = tl.sum(tl.load(own + 2, mask=inside, other=0.0), 0)
     ze = tl.sum(tl.load(own + 3, mask=inside, other=0.0), 0)
     before, g = tl.load(var + c) + EPS, tl.load(gamma + c)
-    mean_d, dvar, after = moved_norm(e1, e2, ze, tl.load(parts + p * chunks * 4), M, before)
-    if after < before / 16.0:  # four bits are gone: take the new variance from the moved values themselves
+    mean_d, dvar, after = norm_moments(e1, e2, ze, tl.load(parts + p * chunks * 4), M, before)
+    if after < before / 16.0:  # four bits are lost: recompute the new variance from the perturbed values
         centre = tl.load(mean + c)
         total = tl.zeros((BLOCK,), dtype=tl.float64)
         for first in range(0, M, BLOCK):
             m = first + tl.arange(0, BLOCK)
             z = tl.load(x + c * xc + _at(m, H, W, xn, xh, xw, PLANES), mask=m < M, other=0.0)
             z = (z.to(tl.float64) - centre).to(tl.float32)
-            moved = z.to(tl.float64) + (tl.load(delta + p * M + m, mask=m < M, other=0.0).to(tl.float64) - mean_d)
-            total += tl.where(m < M, moved * moved, 0.0)
+            perturbed = z.to(tl.float64) + (tl.load(delta + p * M + m, mask=m < M, other=0.0).to(tl.float64) - mean_d)
+            total += tl.where(m < M, perturbed * perturbed, 0.0)
         after = tl.sum(total, 0) / M + EPS
-    shift, scale, pull, offset = norm_coefficients(mean_d, dvar, before, after, g)
+    shift, scale, zc_scale, offset = norm_coefficients(mean_d, dvar, before, after, g)
     tl.store(coefficients + p * 4, shift)
     tl.store(coefficients + p * 4 + 1, scale)
-    tl.store(coefficients + p * 4 + 2, pull)
+    tl.store(coefficients + p * 4 + 2, zc_scale)
     tl.store(coefficients + p * 4 + 3, offset)
 
 
@@ -94,7 +94,7 @@ def _apply(
     if TRAINING:
         centre = tl.load(mean + c)
         shift, scale = tl.load(coefficients + p * 4), tl.load(coefficients + p * 4 + 1)
-        pull, offset = tl.load(coefficients + p * 4 + 2), tl.load(coefficients + p * 4 + 3)
+        zc_scale, offset = tl.load(coefficients + p * 4 + 2), tl.load(coefficients + p * 4 + 3)
     else:
         scale = tl.load(coefficients + c)
     corner = q
@@ -107,14 +107,14 @@ def _apply(
         if TRAINING:
             z = tl.load(x + c * xc + _at(m, H, W, xn, xh, xw, PLANES), mask=inside, other=0.0)
             z = (z.to(tl.float64) - centre).to(tl.float32)
-            change = scale * (d - shift) - (pull * z + offset)
+            change = scale * (d - shift) - (zc_scale * z + offset)
         else:
             change = scale * d
         if RELU:
             change = relu_change(tl.load(y + c * yc + _at(m, H, W, yn, yh, yw, PLANES), mask=inside, other=0.0), change)
         if POOL > 1:
             change += tl.load(gap + c * gc + _at(m, H, W, gn, gh, gw, PLANES), mask=inside, other=0.0)
-        best = larger(best, change)
+        best = max_of(best, change)
     tl.store(out + p * Q + q, best, mask=inside)
 
 

@@ -33,7 +33,7 @@ def _kernel(
             d = tl.load(delta + plane * H * W + row * W + column, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(weight + o * wo + c % in_per_group * wc + i * wh + j * ww, mask=own, other=0.0)
             w = w.to(tl.float32)
-            # Outside the group nothing may pass, not even a NaN of delta times the zero of a masked weight.
+            # Outside the group the result is 0 even where delta is NaN, so masking the weight is not enough.
             total += tl.where(own[None, :], d[:, None] * w[None, :], 0.0)
     where = (plane * Ho * Wo + pixel[:, None]) * channels + o[None, :]
     tl.store(out + where, total, mask=(pixel < Ho * Wo)[:, None] & (o < channels)[None, :])

@@ -5,15 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import larger, moved_norm, norm_coefficients, relu_change
+from ._common import max_of, norm_coefficients, norm_moments, relu_change
 from ._config import Config, launch
 
-# A tile has ROWS pixels and a few channels. The partition of the sums depends on the shape of one perturbation alone,
-# and so do their bits: float32 within a place of the tile, over LOOPS tiles at most, and float64 from there on; what is
-# kept of a chunk of tiles is rounded to float32.
+# A tile has ROWS pixels and a few channels; a chunk is at most LOOPS tiles. Each element of a tile sums its chunk in
+# float32; the total of a chunk is summed in float64 and rounded to float32; chunks are merged in float64. The
+# partition, and with it the bits of the sums, depends on the shape of one perturbation alone.
 TILE = 1024
 LOOPS = 32
-PARTS: tl.constexpr = tl.constexpr(5)  # what is kept of a chunk for each channel: the rows of `parts`
+PARTS: tl.constexpr = tl.constexpr(5)  # values stored per chunk and channel: the rows of `parts`
 _HALVES = (torch.float32, torch.bfloat16)
 
 
@@ -22,11 +22,11 @@ def _moments(
     delta, zc, parts, P, R, C, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOPS: tl.constexpr
 ):  # fmt: skip
     """parts[p, chunk] = (shift, sums of e, e^2, zc e and zc) of each channel, e = d - shift."""
-    # perturbations next to each other: they share the chunk of zc, which stays in L2
+    # perturbations vary fastest: they share the chunk of zc, which stays in L2
     p, chunk = (tl.program_id(0) % P).to(tl.int64), tl.program_id(0) // P
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     d_p, first = delta + p * R * C, chunk * LOOPS * ROWS
-    # The mean of 8 pixels of the chunk: near enough to the mean of all, so that sums about it do not cancel.
+    # The mean of 8 pixels of the chunk is close enough to the mean of all to avoid cancellation in the sums.
     size = tl.minimum(LOOPS * ROWS, R - first)
     k, seen = tl.arange(0, 8), tl.minimum(size, 8)
     some = tl.load(
@@ -63,7 +63,8 @@ def _merge(parts, moments, R, C, chunks, size, COLUMNS: tl.constexpr, AT_ONCE: t
     """moments[p] = (mean of d, change of the variance) from the parts of chunks of `size` pixels, in their order."""
     p, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     own = parts + p * chunks * PARTS * C
-    about = tl.load(own + c, mask=c < C, other=0.0).to(tl.float64)  # all chunks about the shift of the first
+    # sums of all chunks are converted to the shift of the first
+    about = tl.load(own + c, mask=c < C, other=0.0).to(tl.float64)
     e1 = tl.zeros((COLUMNS,), dtype=tl.float64)
     e2 = tl.zeros((COLUMNS,), dtype=tl.float64)
     ze = tl.zeros((COLUMNS,), dtype=tl.float64)
@@ -79,7 +80,7 @@ def _merge(parts, moments, R, C, chunks, size, COLUMNS: tl.constexpr, AT_ONCE: t
         sum_z = tl.load(sums + 4 * C, mask=known, other=0.0)
         ze += tl.sum(tl.load(sums + 3 * C, mask=known, other=0.0) + away * sum_z, 0)
         zs += tl.sum(sum_z.to(tl.float64), 0)
-    mean_d, dvar, _ = moved_norm(e1, e2, ze - e1 / R * zs, about, R, 0.0)
+    mean_d, dvar, _ = norm_moments(e1, e2, ze - e1 / R * zs, about, R, 0.0)
     tl.store(moments + p * 2 * C + c, mean_d, mask=c < C)
     tl.store(moments + (p * 2 + 1) * C + c, dvar, mask=c < C)
 
@@ -95,21 +96,21 @@ def _coefficients(
     dvar = tl.load(moments + (p * 2 + 1) * C + c, mask=c < C, other=0.0)
     after = before + dvar
     vanishing = after < before / 16.0
-    if tl.max(vanishing.to(tl.int32), 0) > 0:  # four bits are gone: take that variance from the moved values themselves
+    if tl.max(vanishing.to(tl.int32), 0) > 0:  # four bits are lost: recompute that variance from the perturbed values
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float64)
         for first in range(0, R, ROWS):
             r = first + tl.arange(0, ROWS)
             inside = (r < R)[:, None] & (c < C)[None, :]
             at = r.to(tl.int64)[:, None] * C + c[None, :]
             d = tl.load(delta + p * R * C + at, mask=inside, other=0.0).to(tl.float64)
-            moved = tl.load(zc + at, mask=inside, other=0.0).to(tl.float64) + (d - mean_d[None, :])
-            total += tl.where(inside, moved * moved, 0.0)
+            perturbed = tl.load(zc + at, mask=inside, other=0.0).to(tl.float64) + (d - mean_d[None, :])
+            total += tl.where(inside, perturbed * perturbed, 0.0)
         after = tl.where(vanishing, tl.sum(total, 0) / R + EPS, after)
-    shift, scale, pull, offset = norm_coefficients(mean_d, dvar, before, after, g)
+    shift, scale, zc_scale, offset = norm_coefficients(mean_d, dvar, before, after, g)
     to = coefficients + p * 4 * C + c
     tl.store(to, shift, mask=c < C)
     tl.store(to + C, scale, mask=c < C)
-    tl.store(to + 2 * C, pull, mask=c < C)
+    tl.store(to + 2 * C, zc_scale, mask=c < C)
     tl.store(to + 3 * C, offset, mask=c < C)
 
 
@@ -128,9 +129,9 @@ def change_at(
         own = coefficients + p * 4 * C + c
         shift = tl.load(own, mask=c < C, other=0.0)[None, :]
         scale = tl.load(own + C, mask=c < C, other=0.0)[None, :]
-        pull = tl.load(own + 2 * C, mask=c < C, other=0.0)[None, :]
+        zc_scale = tl.load(own + 2 * C, mask=c < C, other=0.0)[None, :]
         offset = tl.load(own + 3 * C, mask=c < C, other=0.0)[None, :]
-        change = scale * (d - shift) - (pull * tl.load(zc + at, mask=inside, other=0.0) + offset)
+        change = scale * (d - shift) - (zc_scale * tl.load(zc + at, mask=inside, other=0.0) + offset)
     else:
         change = tl.load(coefficients + c, mask=c < C, other=0.0)[None, :] * d
     if RESIDUAL == "dense":
@@ -163,14 +164,14 @@ def _apply(
         )
         if POOL > 1:
             change += tl.load(gap + r[:, None] * C + c[None, :], mask=inside, other=0.0)
-        best = larger(best, change)
+        best = max_of(best, change)
     tl.store(out + (p * Q + q)[:, None] * C + c[None, :], best, mask=inside)
 
 
 def coefficients_of(
     delta: Tensor, zc: Tensor, var: Tensor, gamma: Tensor, eps: float, training: bool, moments: Tensor | None
 ) -> Tensor:
-    """What change_at reads: [P, 4, C] from the moments of delta [P, N, H, W, C], or [C] without training."""
+    """The coefficients that change_at reads: [P, 4, C] for delta [P, N, H, W, C], or [C] without training."""
     if not training:
         return (gamma / (var + eps).sqrt()).float()
     perturbations, samples, height, width, channels = delta.shape
@@ -213,7 +214,7 @@ def columns_of(channels: int) -> int:
 
 
 def kind_of_residual(residual: Tensor | None, channel: Tensor | None) -> tuple[str, Tensor | None, Tensor | None]:
-    """What change_at reads: RESIDUAL, residual, residual_channel."""
+    """(RESIDUAL, residual, residual_channel) as change_at takes them."""
     if residual is None:
         return "none", None, None
     residual = channels_last(residual) if channel is None else residual.contiguous()
@@ -253,5 +254,5 @@ def run(
 
 
 def channels_last(values: Tensor) -> Tensor:
-    """[..., C, H, W] as contiguous [..., H, W, C]; no copy where it lies so already."""
+    """[..., C, H, W] as contiguous [..., H, W, C]; no copy if it is already laid out so."""
     return values.movedim(-3, -1).contiguous()

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# As in csrc/cpu/gelu.h, which says what the series leaves out.
+# As in csrc/cpu/gelu.h, which states the truncation error of the series.
 _TERMS = tl.constexpr(8)
 NEAR = tl.constexpr(0.25)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -15,7 +15,8 @@ V3 = tl.constexpr(1.5957691216057308 * 0.044715)
 
 @triton.jit
 def mills(y):
-    """(x + 3) Phi(-x) / phi(x) by y = (x - 3) / (x + 3), 0 <= x <= 15, with a relative error of 9e-11 or a rounding."""
+    """(x + 3) Phi(-x) / phi(x) as a polynomial in y = (x - 3) / (x + 3), 0 <= x <= 15; relative error at most 9e-11,
+    and u in float32."""
     f = y * -2.2031826897113847e-05 - 2.9152940299406922e-05
     f = f * y + 0.00016843781962652788
     f = f * y + 0.00037650760293290455
@@ -69,7 +70,7 @@ def _series(z, TANH: tl.constexpr):
 
 
 @triton.jit
-def beyond_relu(x, TANH: tl.constexpr):
+def gelu_tail(x, TANH: tl.constexpr):
     """max(x, 0) - gelu(x) with an error below 2e-8."""
     x = tl.abs(x)
     x = tl.where(x > 14.0, 14.0, x)
@@ -80,40 +81,40 @@ def beyond_relu(x, TANH: tl.constexpr):
 
 
 @triton.jit
-def far_change(d, z, rest, TANH: tl.constexpr):
-    """gelu(z + d) - gelu(z) for any |d| that is not small: max(z + d, 0) - max(z, 0) by cases, minus the change of the
-    bounded rest, which is `rest` at z."""
-    moved = z + d
-    relu = tl.where(z > 0.0, tl.where(d < -z, -z, d), tl.where(moved < 0.0, 0.0, moved))
-    return relu - (beyond_relu(moved, TANH) - rest)
+def far_change(d, z, tail, TANH: tl.constexpr):
+    """gelu(z + d) - gelu(z) for |d| that is not small: (max(z + d, 0) - max(z, 0)) - (gelu_tail(z + d) - tail), where
+    tail = gelu_tail(z) and the first difference is taken by cases."""
+    perturbed = z + d
+    relu = tl.where(z > 0.0, tl.where(d < -z, -z, d), tl.where(perturbed < 0.0, 0.0, perturbed))
+    return relu - (gelu_tail(perturbed, TANH) - tail)
 
 
 @triton.jit
 def _kernel(
     delta, base, out, P, S, chunks, TANH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    piece = tl.program_id(0).to(tl.int64)  # chunks of perturbations that share a tile of the base are neighbours
+    piece = tl.program_id(0).to(tl.int64)  # chunks of perturbations vary fastest: they share a tile of the base
     first = piece % chunks * (ROWS * STEPS)
     at = piece // chunks * BLOCK + tl.arange(0, BLOCK)
     inside = at < S
     z = tl.load(base + at, mask=inside, other=0.0)
-    # Past 15 the function is max(x, 0) in float32.
-    kept = tl.where(z > 15.0, 15.0, tl.where(z < -15.0, -15.0, z)).to(tl.float64)
-    s, rest = _series(kept, TANH)
-    t = rest.to(tl.float32)[None, :]
+    # For |x| above 15, gelu(x) = max(x, 0) in float32.
+    clamped = tl.where(z > 15.0, 15.0, tl.where(z < -15.0, -15.0, z)).to(tl.float64)
+    s, tail = _series(clamped, TANH)
+    t = tail.to(tl.float32)[None, :]
     term = ()
     for n in tl.static_range(_TERMS):
-        term += ((kept * s[n + 1] + s[n]).to(tl.float32)[None, :],)
+        term += ((clamped * s[n + 1] + s[n]).to(tl.float32)[None, :],)
     z = z[None, :]
     for step in range(STEPS):
         p = first + step * ROWS + tl.arange(0, ROWS)
         where = p[:, None] * S + at[None, :]
-        held = (p < P)[:, None] & inside[None, :]
-        d = tl.load(delta + where, mask=held, other=0.0).to(tl.float32)
+        mask = (p < P)[:, None] & inside[None, :]
+        d = tl.load(delta + where, mask=mask, other=0.0).to(tl.float32)
         q = term[_TERMS - 1]
         for n in tl.static_range(_TERMS - 1):
             q = q * d + term[_TERMS - 2 - n]
-        tl.store(out + where, tl.where(tl.abs(d) > NEAR, far_change(d, z, t, TANH), q * d), mask=held)
+        tl.store(out + where, tl.where(tl.abs(d) > NEAR, far_change(d, z, t, TANH), q * d), mask=mask)
 
 
 def run(delta: Tensor, z: Tensor, *, approximate: str, out_dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import columns, launch_rows, moved_norm_of_row, sum_of
+from ._rows import columns, launch_rows, row_coefficients, sum_of
 
 
 @triton.jit
@@ -13,9 +13,9 @@ def _kernel(
     delta, zc, var, gamma, out, P, R, M, chunks, EPS: tl.constexpr, CENTRE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The mean is taken in two rounds and the new variance from (zc + d)^2, as in csrc/cpu/layer_norm_difference.cpp.
-    Where a block is a whole row, the compiler sees loops of one round and reads delta and zc once."""
-    piece = tl.program_id(0).to(tl.int64)  # perturbations that share a row of the base are neighbours
+    """The mean is computed in two steps, the new variance from (zc + d)^2, as in csrc/cpu/layer_norm.h. If a block
+    covers a row, the compiler sees loops of one iteration and reads delta and zc once."""
+    piece = tl.program_id(0).to(tl.int64)  # chunks of perturbations vary fastest: they share a row of the base
     r = piece // chunks
     p = piece % chunks * ROWS + tl.arange(0, ROWS)[:, None, None]
     row, size = (p * R + r) * M, BLOCK if WHOLE else M
@@ -27,24 +27,24 @@ def _kernel(
             at = columns(start, BLOCK)
             total += sum_of(tl.load(delta + row + at, mask=(p < P) & (at < M), other=0.0).to(tl.float32))
         shift = (total * share).to(tl.float32)
-    left = tl.zeros((ROWS, 1, 1), dtype=tl.float64)
-    moved, change = left, left
+    mean_e = tl.zeros((ROWS, 1, 1), dtype=tl.float64)
+    squares, change = mean_e, mean_e
     for start in range(0, size, BLOCK):
         at = columns(start, BLOCK)
         d = tl.load(delta + row + at, mask=(p < P) & (at < M), other=0.0).to(tl.float32)
         z = tl.load(zc + r * M + at, mask=at < M, other=0.0)
         e = tl.where(at < M, d - shift, 0.0)
         w = z + e
-        left += sum_of(e)
-        moved += sum_of(w * w)
+        mean_e += sum_of(e)
+        squares += sum_of(w * w)
         change += sum_of(e * (z + w))
-    left = left * share if CENTRE else tl.zeros_like(left)
-    a, b, rest = moved_norm_of_row(left, moved * share, change * share, tl.load(var + r), EPS)
+    mean_e = mean_e * share if CENTRE else tl.zeros_like(mean_e)
+    a, b, mean_e32 = row_coefficients(mean_e, squares * share, change * share, tl.load(var + r), EPS)
     for start in range(0, size, BLOCK):
         at = columns(start, BLOCK)
         d = tl.load(delta + row + at, mask=(p < P) & (at < M), other=0.0).to(tl.float32)
         z = tl.load(zc + r * M + at, mask=at < M, other=0.0)
-        y = a * ((d - shift) - rest) - b * z
+        y = a * ((d - shift) - mean_e32) - b * z
         if gamma is not None:
             y *= tl.load(gamma + at, mask=at < M, other=0.0)
         tl.store(out + row + at, y, mask=(p < P) & (at < M))

@@ -12,11 +12,11 @@ from ._linear import (
     add_product,
     block_of,
     constants,
-    give,
-    held_rows,
+    load_rows,
     norm_arguments,
     operand_dtype,
     parts_of,
+    store_rows,
     tile_rows,
 )
 
@@ -26,13 +26,13 @@ def _kernel(
     delta, zc, var, gamma, weight, residual, out, P, R, K, M, groups, span, EPS: tl.constexpr, TOGETHER: tl.constexpr,
     UPCAST: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
-    """`span` columns of the result for a tile of rows, OUTS at a time. The rows are read and normed once and held; with
-    PARTS = 0 they are too long for that, come normed and pass by in blocks."""
-    piece = tl.program_id(0).to(tl.int64)  # groups of columns of the same rows are neighbours
+    """`span` columns of the result for a tile of rows, OUTS at a time. The rows are read and normalised once and stay
+    in registers. PARTS = 0: they are too long for that, are already normalised, and are read block by block."""
+    piece = tl.program_id(0).to(tl.int64)  # groups of columns vary fastest: they share rows
     q, r, inside = tile_rows(piece // groups, P, R, TOGETHER, ROWS)
     first = (piece % groups).to(tl.int32) * span
     if PARTS > 0:
-        left = held_rows(delta, zc, var, gamma, q, r, inside, K, weight.dtype.element_ty, EPS, PARTS, BLOCK)
+        left = load_rows(delta, zc, var, gamma, q, r, inside, K, weight.dtype.element_ty, EPS, PARTS, BLOCK)
     for start in range(first, min(first + span, M), OUTS):
         o = start + tl.arange(0, OUTS)
         total = tl.zeros((ROWS, OUTS), dtype=tl.float32)
@@ -44,7 +44,7 @@ def _kernel(
                 k = begin + tl.arange(0, BLOCK)
                 d = tl.load(delta + q[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
                 total = add_product(total, d.to(weight.dtype.element_ty), weight, o, k, M, K, UPCAST)
-        give(out, residual, total, q, inside, o, M)
+        store_rows(out, residual, total, q, inside, o, M)
 
 
 def run(
@@ -66,7 +66,7 @@ def run(
         def start(config: Config) -> None:
             together, across = fixed["TOGETHER"], config["OUTS"]
             tiles = triton.cdiv(perturbations, together) * triton.cdiv(rows, config["ROWS"] // together)
-            # Rows that are held go through all columns where they alone keep a large GPU busy.
+            # A program computes all columns of its rows if there are enough tiles to occupy a large GPU.
             groups = min(triton.cdiv(outs, across), max(1, 512 // tiles) if parts else outs)
             span = triton.cdiv(triton.cdiv(outs, groups), across) * across
             groups = triton.cdiv(outs, span)
@@ -75,7 +75,7 @@ def run(
                 PARTS=parts, BLOCK=block, **fixed, **config,
             )  # fmt: skip
 
-        # BLOCK is not tuned, as the order of the sum depends on it, and no rows that other instructions would multiply.
+        # Not tuned: BLOCK, on which the order of the sum depends, and numbers of rows that select other instructions.
         across, half = min(64, block_of(outs)), dtype == torch.bfloat16
         down, warps = (64, 8) if half or not parts else (32, 4)
         configs = [{"ROWS": down, "OUTS": across, "num_warps": warps, "num_stages": stages} for stages in (2, 3)]

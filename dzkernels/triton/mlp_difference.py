@@ -12,14 +12,14 @@ from ._linear import (
     add_product,
     block_of,
     constants,
-    give,
-    held_rows,
+    load_rows,
     norm_arguments,
     operand_dtype,
     parts_of,
+    store_rows,
     tile_rows,
 )
-from .gelu_difference import INV_SQRT_2PI, NEAR, V1, V3, beyond_relu, far_change, mills
+from .gelu_difference import INV_SQRT_2PI, NEAR, V1, V3, far_change, gelu_tail, mills
 
 
 @triton.jit
@@ -34,12 +34,12 @@ def _slope_tanh(x):
 
 @triton.jit
 def _near_change(d, z, TANH: tl.constexpr):
-    """gelu(z + d) - gelu(z) for |d| <= 1/4, from z and d alone: coefficients that all perturbations share would take
-    more registers than there are.
+    """gelu(z + d) - gelu(z) for |d| <= 1/4, computed from z and d alone: precomputed coefficients would take too many
+    registers.
 
-    The mean slope times d. Tanh form: by Gauss's rule with three points, which leaves out 4e-9 of it. Else from the odd
-    derivatives at the middle m, sum_n (d/2)^2n / (2n+1)! gelu^(2n+1)(m), which are phi(m) m times polynomials of m^2
-    but for Phi(m): four leave out 2e-10."""
+    It is d times the mean slope over the interval. Tanh form: by Gauss quadrature with three points; relative error
+    4e-9. Otherwise by the odd derivatives at the middle m, sum_n (d/2)^2n / (2n+1)! gelu^(2n+1)(m). Apart from Phi(m)
+    these are phi(m) m times polynomials in m^2. Four terms are used; relative error 2e-10."""
     middle = z + 0.5 * d
     if TANH:
         ends = _slope_tanh(z + 0.1127016653792583 * d) + _slope_tanh(z + 0.8872983346207417 * d)
@@ -57,10 +57,10 @@ def _near_change(d, z, TANH: tl.constexpr):
 
 @triton.jit
 def _change(d, z, TANH: tl.constexpr):
-    """gelu(z + d) - gelu(z). How an element is computed depends on it alone."""
+    """gelu(z + d) - gelu(z). The method is chosen per element, so a result does not depend on its neighbours."""
     change, far = _near_change(d, z, TANH), tl.abs(d) > NEAR
     if tl.sum(far.to(tl.int32)) > 0:
-        change = tl.where(far, far_change(d, z, beyond_relu(z, TANH), TANH), change)
+        change = tl.where(far, far_change(d, z, gelu_tail(z, TANH), TANH), change)
     return change
 
 
@@ -70,10 +70,10 @@ def _kernel(
     TOGETHER: tl.constexpr, UPCAST: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, OUTS: tl.constexpr,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows, read and normed once and held, goes through the hidden layer HIDDEN columns at a time: they stay
-    in registers, and so do the sums of the second product."""
+    """The result for a tile of rows, which are read and normalised once. The hidden layer is computed HIDDEN columns at
+    a time; it and the sums of the second product stay in registers."""
     q, r, inside = tile_rows(tl.program_id(0).to(tl.int64), P, R, TOGETHER, ROWS)
-    left = held_rows(delta, zc, var, gamma, q, r, inside, K, up.dtype.element_ty, EPS, PARTS, BLOCK)
+    left = load_rows(delta, zc, var, gamma, q, r, inside, K, up.dtype.element_ty, EPS, PARTS, BLOCK)
     o = tl.arange(0, OUTS)
     total = tl.zeros((ROWS, OUTS), dtype=tl.float32)
     for start in range(0, H, HIDDEN):
@@ -84,7 +84,7 @@ def _kernel(
         base = tl.load(z + r[:, None] * H + h[None, :], mask=inside[:, None] & (h < H)[None, :], other=0.0)
         change = _change(d, base, TANH).to(down.dtype.element_ty)
         total = add_product(total, change, down, o, h, M, H, UPCAST)
-    give(out, residual, total, q, inside, o, M)
+    store_rows(out, residual, total, q, inside, o, M)
 
 
 def run(
@@ -94,7 +94,7 @@ def run(
     perturbations, rows, width = delta.shape
     hidden, outs, dtype = len(up), len(down), operand_dtype(operands)
     parts, block = parts_of(width, dtype)
-    if parts == 0 or parts_of(outs, dtype)[0] == 0:  # rows or sums do not fit: the hidden layer goes through memory
+    if parts == 0 or parts_of(outs, dtype)[0] == 0:  # rows or sums do not fit in registers: store the hidden layer
         inner = linear_difference.run(delta, up, None, norm, operands=operands, out_dtype=torch.float32)
         inner = gelu_difference.run(inner, z, approximate=approximate, out_dtype=dtype)
         return linear_difference.run(inner, down, residual, None, operands=operands, out_dtype=out_dtype)
@@ -113,7 +113,8 @@ def run(
                 **fixed, **config,
             )  # fmt: skip
 
-        # Not tuned: BLOCK and HIDDEN, as the order of a sum depends on them, and rows that other instructions multiply.
+        # Not tuned: BLOCK and HIDDEN, on which the order of sums depends, and numbers of rows that select other
+        # instructions.
         size = 64 if dtype == torch.bfloat16 else 32
         configs = [
             {"ROWS": size, "num_warps": warps, "num_stages": stages} for warps, stages in ((8, 2), (8, 3), (4, 2))

@@ -12,7 +12,7 @@ def run(
     delta: Tensor, weight: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, project: Tensor,
     residual: Tensor | None, norm: RowNorm | None, *, scale: float, operands: torch.dtype, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    # Three kernels: the samples of all perturbations at once fill a GPU, and what lies between them is in its L2.
+    # Three kernels: the samples of all perturbations together fill a GPU, and intermediate values stay in its L2.
     samples, heads, tokens, inner = q.shape
     count, rows, width = *delta.shape[:2], weight.shape[1]
     moved = linear_difference.run(delta, weight.flatten(0, 1), None, norm, operands=operands, out_dtype=torch.float32)
