@@ -10,7 +10,7 @@ namespace {
 // Two products: dS = scale [dq, q + dq] [k, dk]^T, then out = [dA, p + dA] [v, dv]. The parts of a null dq, dk or dv
 // are left out.
 struct Head {
-  // A block of rows of dS and dA stays in cache: at most so many rows, and so many floats.
+  // Limits of a block of rows, whose dS and dA stay in cache.
   static constexpr int64_t kMaxRows = 64;
   static constexpr int64_t kMaxFloats = 65536;
 

@@ -11,7 +11,7 @@ def run(
     delta: Tensor, channel: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, *, eps: float, training: bool,
     y: Tensor | None, pool: int, gap: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    if not training or pool > 1:  # the kernel has neither
+    if not training or pool > 1:  # the kernel supports neither
         return reference.run(delta, channel, x, mean, var, gamma, eps=eps, training=training, y=y, pool=pool, gap=gap)
     delta, channel = delta.contiguous(), channel.contiguous()
     mean, var, gamma = mean.contiguous(), var.contiguous(), gamma.contiguous()

@@ -1,6 +1,6 @@
-"""python -m dzkernels.ops: writes what follows from the declarations and is committed.
+"""python -m dzkernels.ops: writes the committed files that are derived from the declarations.
 
-dzkernels/__init__.pyi  what dzkernels exports, for type checkers
+dzkernels/__init__.pyi  the exports of dzkernels, for type checkers
 docs/gpu.md             the table of kernels
 """
 
@@ -48,7 +48,7 @@ def _cell(op: str, backend: str) -> str:
 
 
 def page(text: str) -> str:
-    """A page whose table of kernels is made anew."""
+    """The page with its table of kernels regenerated."""
     return TABLE.sub(lambda _: table(), text)
 
 

@@ -105,7 +105,7 @@ def _far(operands, values, S, t, e, PARTS: tl.constexpr, BLOCK: tl.constexpr, BL
 @triton.jit
 def _kernel(
     dq, dk, dv, q, k, v, prob, out, scale, P, N, H, T, S, D, E, tiles, dq_p, dq_n, dq_h, dq_t, dk_p, dk_n, dk_h, dk_s,
-    dv_p, dv_n, dv_h, dv_s, q_n, q_h, q_t, k_n, k_h, k_s, v_n, v_h, v_s, MOVES: tl.constexpr, BLOCK_T: tl.constexpr,
+    dv_p, dv_n, dv_h, dv_s, q_n, q_h, q_t, k_n, k_h, k_s, v_n, v_h, v_s, P_CHANGES: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Two passes over the columns s; the first sums the exponentials. Rows whose sum is far from 1 are rare: _far
@@ -131,7 +131,7 @@ def _kernel(
     to = out + ((at * N + n) * T * H + h) * E
     total = _zeros(t, e, PARTS)
     columns = tl.arange(0, BLOCK_S)
-    if not MOVES:
+    if not P_CHANGES:
         for start in range(0, S, BLOCK_S):
             s = start + columns
             total = _add(total, None, _load(prob, S, T, S, t, s), values, s, e)
@@ -173,7 +173,7 @@ def run(
         grid = (samples * pairs * given.shape[0] * tiles, triton.cdiv(width, parts * block["BLOCK_E"]))
         _kernel[grid](
             *operands, p.contiguous(), out, scale, given.shape[0], samples, pairs, rows, others, inner, width, tiles,
-            *(step for of in steps for step in of), MOVES=dq is not None or dk is not None, PARTS=parts, **block,
+            *(step for of in steps for step in of), P_CHANGES=dq is not None or dk is not None, PARTS=parts, **block,
             num_warps=block["BLOCK_T"] // 16, num_stages=1,
         )  # fmt: skip
     return out.transpose(2, 3) if heads else out.squeeze(3)
