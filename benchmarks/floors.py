@@ -17,9 +17,9 @@ from torch.utils.flop_counter import flop_registry
 import dzkernels
 from deepzero import CGE
 from deepzero.carriers import Dense, OneChannel, OneEntry
-from deepzero.fusion import NORMS_AROUND, Step
+from deepzero.fusion import PATTERNS, Step
+from deepzero.graph.nodes import UPDATING
 from deepzero.plan import VIEWS, route
-from deepzero.rules.norm import UPDATING
 
 from .cases import MU, Case, Work, build, objective
 
@@ -91,7 +91,8 @@ def planned(work: Work, *, fused: bool) -> float:
             where = chosen.nonzero()[:1]
             if len(where):
                 shape, share = tuple(chosen.shape), int(chosen.sum()) / case.count
-                steps = route(ready.base.graph, name, shape, 1, 2, None, first=NORMS_AROUND if fused else ()).steps
+                patterns = [p for p in PATTERNS if not p.encloses or (fused and not p.single_channel)]
+                steps = route(ready.base.graph, name, shape, 1, 2, None, patterns=patterns).steps
                 moved = _Moved()
                 seed = {name: OneEntry(shape, where, torch.full((1,), MU))}
                 engine.run(ready.base, steps, seed, 1, moved)

@@ -214,20 +214,3 @@ def run(op: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with torch.cuda.device(tensor.device):  # Triton launches on the current device
             return kernel(*args, **kwargs)
     return kernel(*args, **kwargs)
-
-
-# Where plans give convolutions the norms around them. On CPUs that was measured, and loses; on GPUs it is what moves
-# fewer values, counted, until one has measured it (benchmarks.convolutions).
-_FUSING = frozenset({"triton"})
-
-
-def fuses_convolutions(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a backend that runs batch_norm_conv2d there is one for which plans should ask for it."""
-    return not _FUSING.isdisjoint(able("batch_norm_conv2d", device, dtype)[:1])
-
-
-def fuses(op: str, device: torch.device) -> bool:
-    """Whether plans should ask for `op`, which takes over several layers: on other devices than CPUs the generic rules
-    are faster than the reference."""
-    names = able(op, device, torch.float32)
-    return bool(names) if device.type == "cpu" or requested() else names[:1] not in ((), ("reference",))

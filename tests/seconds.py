@@ -2,6 +2,9 @@
 
 Of the process and of those that it started and waited for, so other work on the machine shows little. A fixture or a
 cache that several tests share is counted where it was made.
+
+``tests/seconds.csv`` is the committed one. ``python tests/seconds.py NEW`` says what a new one changes; a suite that
+needs more than :data:`CEILING` is not committed.
 """
 
 from __future__ import annotations
@@ -9,10 +12,31 @@ from __future__ import annotations
 import collections
 import csv
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+TABLE = Path(__file__).with_name("seconds.csv")
+
+CEILING = 720.0
+"""CPU seconds of the whole suite: six minutes of two cores, which with the install are the eight that README's test
+command may take."""
+
+
+def read(path: Path) -> dict[str, float]:
+    """Test file -> CPU seconds."""
+    with path.open(newline="") as lines:
+        return {row["file"]: float(row["cpu_seconds"]) for row in csv.DictReader(lines)}
+
+
+def changes(old: dict[str, float], new: dict[str, float], most: int = 10) -> str:
+    """The files whose time has changed most, and the sums."""
+    by = sorted(old.keys() | new.keys(), key=lambda file: -abs(new.get(file, 0.0) - old.get(file, 0.0)))
+    lines = [f"{old.get(file, 0.0):8.1f} -> {new.get(file, 0.0):8.1f}  {file}" for file in by[:most]]
+    total = f"{sum(old.values()):8.1f} -> {sum(new.values()):8.1f}  CPU seconds in all, ceiling {CEILING:g}"
+    return "\n".join([*lines, total])
 
 
 def _spent() -> float:
@@ -48,3 +72,7 @@ class CpuSeconds:
             writer.writerow(("file", "tests", "cpu_seconds"))
             for file in sorted(self.seconds):
                 writer.writerow((file, len(self.tests[file]), f"{self.seconds[file]:.1f}"))
+
+
+if __name__ == "__main__":
+    print(changes(read(TABLE), read(Path(sys.argv[1]))))

@@ -30,6 +30,7 @@ QUICK = {
     "exactness/test_huggingface.py": 0,
     "exactness/test_fused_convolutions.py": 0,
     "exactness": 60,
+    "fusion": 4,
     "models": 4,
     "ops/test_backends.py": 25,
     "ops/test_aot.py": 0,

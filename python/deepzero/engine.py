@@ -26,7 +26,7 @@ from .evaluator import Evaluator, Whole, quotient
 from .execute.pieces import in_pieces
 from .execute.replay import Replayer
 from .execute.run_block import run_block
-from .fusion import Pattern, Step, around_convolutions, schedule
+from .fusion import Pattern, Step, patterns_for, schedule
 from .graph.bound import Bound
 from .graph.cache import Cache
 from .graph.graph import Graph
@@ -227,7 +227,7 @@ class Engine:
         if name not in known:
             shape = self.model.get_parameter(name).shape
             known[name] = route(
-                graph, name, shape, self.block, self.operands.itemsize, self._device, first=self._first()
+                graph, name, shape, self.block, self.operands.itemsize, self._device, patterns=self._patterns()
             )
         return known[name]
 
@@ -237,12 +237,12 @@ class Engine:
         key = tuple(names)
         if key not in known:
             known.clear()  # masks may name other parameters at every step: keep the last one only
-            known[key] = schedule(reach(graph, names), graph.loss, first=self._first())
+            known[key] = schedule(reach(graph, names), graph.loss, self._patterns())
         return known[key]
 
-    def _first(self) -> Sequence[Pattern]:
+    def _patterns(self) -> Sequence[Pattern]:
         where = torch.device("cpu") if self._device is None else self._device.where
-        return around_convolutions(where, self.dtype)
+        return patterns_for(where, self.dtype)
 
     # --- queries
 

@@ -9,7 +9,7 @@ import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -41,7 +41,7 @@ class Route:
     parameter  name
     shape      of the parameter
     suffix     the nodes that it reaches, in order; empty when it does not reach the loss
-    steps      the same nodes as a schedule of fused stretches and single rules
+    steps      the same nodes as a schedule of fused regions and single rules
     bytes      differences alive at once for one perturbation, at most
     block      perturbations per block
     """
@@ -52,6 +52,16 @@ class Route:
     steps: tuple[Step, ...]
     bytes: int
     block: int
+
+    def plain(self) -> dict[str, Any]:
+        """The route in strings, numbers, lists and dicts: fit for JSON, equal for two captures of one computation."""
+        return {
+            "parameter": self.parameter,
+            "shape": list(self.shape),
+            "steps": [step.plain() for step in self.steps],
+            "bytes": self.bytes,
+            "block": self.block,
+        }
 
 
 def reach(graph: Graph, parameters: Sequence[str]) -> tuple[fx.Node, ...]:
@@ -150,10 +160,10 @@ def peak_bytes(steps: Sequence[Step], starts: Sequence[fx.Node], *, dense: bool,
 
 
 def _as_run(steps: Sequence[Step], shares: Mapping[fx.Node, float]) -> Iterator[Step]:
-    """The steps, with the parts of those whose kernel is narrow and whose first node is reached by a whole value."""
+    """The steps, or their parts where a kernel for a single channel is reached by a whole value."""
     for step in steps:
         whole = any(shares.get(n, 0.0) >= 1.0 for n in step.nodes[0].all_input_nodes)
-        yield from step.parts if step.narrow and whole else (step,)
+        yield from step.parts if step.single_channel and whole else (step,)
 
 
 def budget(device: Device | None) -> int:
@@ -169,16 +179,16 @@ def route(
     width: int,
     device: Device | None,
     *,
-    first: Sequence[Pattern] = (),
+    patterns: Sequence[Pattern],
 ) -> Route:
     """The route of one parameter; ``block`` overrides the size that memory suggests at ``width`` bytes a value.
 
-    ``first``: patterns as of :func:`deepzero.fusion.schedule`.
+    ``patterns`` are those of :func:`deepzero.fusion.schedule`.
 
     Off the CPU that is a power of two, which does not follow every little change of the free memory.
     """
     suffix = reach(graph, [name])
-    steps = schedule(suffix, graph.loss, first=first)
+    steps = schedule(suffix, graph.loss, patterns)
     need = peak_bytes(steps, graph.placeholders(name), dense=False, width=width)
     fits = max(1, min(budget(device) // need, MOST))
     if device is not None:

@@ -119,7 +119,7 @@ def test_the_plan_counts_the_memory_of_a_value_once_however_it_is_viewed() -> No
     assert sizes[0] <= sizes[1] == sizes[2]
 
 
-def test_the_plan_names_the_kernel_of_each_stretch_and_its_share() -> None:
+def test_the_plan_names_the_kernel_of_each_region_and_its_share() -> None:
     from deepzero.estimators import CGE
 
     torch.manual_seed(0)
@@ -155,9 +155,9 @@ def test_the_plan_names_the_kernels_of_a_transformer_block() -> None:
 def test_where_attention_has_no_kernel_the_linear_layers_around_it_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no backend has that kernel."""
     from deepzero.estimators import CGE
-    from dzkernels import backends
+    from deepzero.fusion import policy
 
-    monkeypatch.setattr(backends, "fuses", lambda op, device: op != "self_attention_difference")
+    monkeypatch.setattr(policy, "has_fused_kernel", lambda op, device: op != "self_attention_difference")
     net = vit(image_size=4, patch=2, blocks=2, width=4, heads=2)
     engine = CGE(net, lambda m, b: m(b).square().sum()).engine
     with engine.prepared(torch.randn(2, 3, 4, 4)) as ready:

@@ -21,9 +21,9 @@ from deepzero import carriers, engine
 from deepzero.errors import DeviceError
 from deepzero.execute.pieces import in_pieces
 from deepzero.execute.run_block import run_block
+from deepzero.fusion import policy
 from deepzero.objective import Mask
 from deepzero.plan import FRACTION, MEMORY, MOST
-from dzkernels import backends
 from estimators.fake_device import FakeDevice, Tape
 from estimators.small import batch, network, objective
 from exactness.small import chain, cross_entropy, images
@@ -82,7 +82,7 @@ def test_replays_what_it_recorded(id: str, device: FakeDevice, monkeypatch: pyte
 
 def test_replays_fused_convolutions(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments go from a convolution to the next norm inside a recording."""
-    monkeypatch.setattr(backends, "_FUSING", frozenset({"reference"}))
+    monkeypatch.setattr(policy, "NORMS_AROUND_CONVOLUTIONS", frozenset({"reference"}))
     model, first, mask = chain().train(), images(3, 3, 8), {"1.weight": torch.ones(4, dtype=torch.bool)}
     ours = dz.CGE(model, cross_entropy, block=4)
     grads = [ours.estimate(data, mask).grads for data in (first, changed(first))]

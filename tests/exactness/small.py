@@ -19,7 +19,7 @@ def images(count: int, channels: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def chain(width: int = 4, **options: Any) -> nn.Sequential:
-    """Three convolutions with batch norm; ``options`` of the last one. No stretch is longer than norm, ReLU, conv."""
+    """Three convolutions with batch norm; ``options`` of the last one. No region is longer than norm, ReLU, conv."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import deepzero as dz
 import dzkernels
-from deepzero import fusion
+from deepzero.fusion import Step, policy, table
 from dzkernels import backends
 from exactness.small import chain, cross_entropy, images
 from helpers import assert_exact
@@ -21,13 +21,13 @@ from judge import WideCGE, judge, plain_quotients, sampled, tolerance
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backends, "_FUSING", frozenset({"reference"}))
+    monkeypatch.setattr(policy, "NORMS_AROUND_CONVOLUTIONS", frozenset({"reference"}))
     with dzkernels.use_backend("reference"):
         yield
 
 
 def kernels(model: nn.Module, data: tuple[Tensor, Tensor]) -> list[str]:
-    """Of the stretches with norms and convolutions after the first parameter, in order."""
+    """Of the regions with norms and convolutions after the first parameter, in order."""
     engine = dz.CGE(model, cross_entropy).engine
     with engine.prepared(data) as ready:
         assert ready.base is not None
@@ -53,7 +53,7 @@ def test_resnet20_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         judge(ours.estimate(data, mask).grads, wanted).check(tolerance(precision, 5e-3))
     assert sum(moments is not None for moments in given) > len(given) / 2
     found = kernels(model, data)
-    assert found.count("batch_norm+relu+conv2d+moments") == 9  # the inner stretch of every residual block
+    assert found.count("batch_norm+relu+conv2d+moments") == 9  # the inner region of every residual block
     assert found.count("conv2d+moments") == 9  # after the sum, which is written because two read it
     assert found.count("batch_norm+residual+relu") == 9
     shown = str(ours.plan(data, {"layer1.0.conv1.weight": mask["layer1.0.conv1.weight"]}))
@@ -79,7 +79,7 @@ def test_wrong_moments_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Residual(nn.Module):
-    """The sum feeds one convolution only: it goes into the stretch."""
+    """The sum feeds one convolution only: it goes into the region."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,13 +211,13 @@ def test_on_a_cpu_where_everything_moves_the_parts_run(monkeypatch: pytest.Monke
     options: dict[str, Any] = {"queries": 3, "seed": 0}
     got = dz.RGE(model, cross_entropy, **options).estimate(data).grads
     assert any(step.parts for step in _steps(model, data))
-    monkeypatch.setattr(fusion, "NORM_AFTER", [])
+    monkeypatch.setattr(table, "PATTERNS", tuple(p for p in table.PATTERNS if not p.encloses))
     wanted = dz.RGE(model, cross_entropy, **options).estimate(data).grads
     for name in wanted:
         assert_exact(got[name], wanted[name])
 
 
-def _steps(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[fusion.Step, ...]:
+def _steps(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[Step, ...]:
     engine = dz.CGE(model, cross_entropy).engine
     with engine.prepared(data) as ready:
         assert ready.base is not None
@@ -226,12 +226,12 @@ def _steps(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[fusion.Step, 
 
 @pytest.mark.usefixtures("fused")
 def test_where_everything_moves_the_parts_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random directions move weights and norms: no stretch fits, and the plan without them gives the same bits."""
+    """Random directions move weights and norms: no region fits, and the plan without them gives the same bits."""
     model, data = chain().train(), images(3, 3, 8)
     options: dict[str, Any] = {"queries": 3, "seed": 0}
     got = dz.RGE(model, cross_entropy, **options).estimate(data).grads
     assert any(step.parts for step in _steps(model, data))
-    monkeypatch.setattr(backends, "_FUSING", frozenset())
+    monkeypatch.setattr(policy, "NORMS_AROUND_CONVOLUTIONS", frozenset())
     wanted = dz.RGE(model, cross_entropy, **options).estimate(data).grads
     for name in wanted:
         assert_exact(got[name], wanted[name])
@@ -240,18 +240,18 @@ def test_where_everything_moves_the_parts_run(monkeypatch: pytest.MonkeyPatch) -
 def test_the_backend_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, device = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: None)
-    assert backends.fuses_convolutions(device, torch.float32)
-    assert not backends.fuses_convolutions(cpu, torch.float32)
+    assert policy.norms_around_convolutions(device, torch.float32)
+    assert not policy.norms_around_convolutions(cpu, torch.float32)
     with dzkernels.use_backend("reference"):
-        assert not backends.fuses_convolutions(device, torch.float32)
+        assert not policy.norms_around_convolutions(device, torch.float32)
     with dzkernels.use_backend("triton"):
-        assert backends.fuses_convolutions(cpu, torch.float32)
+        assert policy.norms_around_convolutions(cpu, torch.float32)
     monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: "no compiler")
-    assert not backends.fuses_convolutions(device, torch.float32)
+    assert not policy.norms_around_convolutions(device, torch.float32)
 
 
 def test_a_strip_is_triton_s() -> None:
     pytest.importorskip("triton")
     from dzkernels.triton import _conv2d
 
-    assert fusion.STRIP == _conv2d.STRIP
+    assert policy.STRIP == _conv2d.STRIP

@@ -110,7 +110,7 @@ def estimates() -> None:
 
 
 def check_parts(given: dict[str, Any]) -> None:
-    """The attention stretch is its three kernels one after the other, bit for bit."""
+    """The attention region is its three kernels one after the other, bit for bit."""
     operands = given.get("operands", torch.float32)
     with dzkernels.use_backend("triton"):
         got = dzkernels.self_attention_difference(**{**given, "out_dtype": torch.float32})

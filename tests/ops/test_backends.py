@@ -176,24 +176,6 @@ def test_the_tensor_core_kernel_runs_only_where_it_is_asked_for(monkeypatch: pyt
             choose(torch.bfloat16)
 
 
-def test_which_plans_ask_for_fused_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not those of a device on which the reference would run."""
-
-    def asks(kind: str, op: str = "linear_difference") -> bool:
-        return backends.fuses(op, torch.device(kind))
-
-    monkeypatch.setitem(backends._REFUSALS, "cuda", lambda device, dtype: "no driver")
-    monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: None)
-    assert [asks("cpu"), asks("cuda"), asks("cuda", "mlp_difference")] == [True] * 3
-    assert asks("cuda", "self_attention_difference")
-    monkeypatch.setitem(backends._REFUSALS, "triton", lambda device, dtype: "no compiler")
-    assert [asks("cpu"), asks("cuda")] == [True, False]
-    with dzkernels.use_backend("triton"):
-        assert not asks("cuda")
-    with dzkernels.use_backend("reference"):
-        assert asks("cuda")
-
-
 @pytest.mark.parametrize("op", CASES)
 def test_the_table_of_cases_holds_for_the_cpu_kernels(op: str) -> None:
     for case in CASES[op]():

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ..base_pass import Base, no_autocast
 from ..block import Block
 from ..carriers import Carrier, Zero, dense
-from ..fusion import Step
+from ..fusion import LAUNCHES, Step
 from ..rules import RULES
 
 
@@ -42,7 +42,7 @@ def run_block(
             block.moments.pop(source, None)
 
     def run(step: Step) -> None:
-        carrier = step.apply(block) if step.apply is not None else None
+        carrier = LAUNCHES[step.pattern](block, step.region) if step.pattern else None
         fused = carrier is not None
         if carrier is not None:
             block.differences[step.nodes[-1]] = carrier

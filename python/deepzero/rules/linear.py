@@ -18,6 +18,7 @@ import dzkernels
 
 from .. import carriers
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, one_channel, without
+from ..graph.nodes import Convolution
 from .registry import aten, rule
 
 if TYPE_CHECKING:
@@ -200,14 +201,11 @@ class Geometry:
     """The constants of a convolution node; called as ``geometry(images, weight, groups)``."""
 
     def __init__(self, node: Any) -> None:
-        *_, stride, padding, dilation, transposed, output_padding, groups = node.args
-        self.nd = node.args[0].meta["val"].dim() - 2
-
-        def each(values: Any) -> list[int]:
-            return list(values) * (self.nd // len(values))
-
-        self.stride, self.padding, self.dilation = each(stride), each(padding), each(dilation)
-        self.transposed, self.output_padding, self.groups = bool(transposed), each(output_padding), int(groups)
+        conv = Convolution.of(node)
+        assert conv is not None
+        self.nd = len(conv.stride)
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.transposed, self.output_padding, self.groups = conv.transposed, conv.output_padding, conv.groups
 
     def __call__(self, images: Tensor, weight: Tensor, groups: int) -> Tensor:
         if self.transposed:

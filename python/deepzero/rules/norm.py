@@ -17,6 +17,7 @@ from torch import Tensor, fx
 import dzkernels
 
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, occurs, select
+from ..graph.nodes import BatchNorm
 from .registry import aten, rule
 
 if TYPE_CHECKING:
@@ -82,15 +83,18 @@ def batch_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
     """x [N, C, *spatial]; batch statistics in training, running ones otherwise. Channels never mix."""
     if block.saved(node, "read", lambda: _statistics_are_read(node, block.base.graph.loss)):
         return block.fallback(node)  # type: ignore[no-any-return]
-    name = str(node.target)
-    x, gamma, beta, *rest = node.args
-    if "no_stats" in name:
-        mean, var, train, eps = None, None, rest[0], rest[2]
-    elif "no_training" in name:
-        (mean, var), train, eps = rest[:2], False, rest[3]
-    else:
-        (mean, var), train, eps = rest[:2], rest[2], rest[4]
-    if any(block.d(a) is not Zero for a in (mean, var) if a is not None):
+    norm = BatchNorm.of(node)
+    assert norm is not None
+    x, gamma, beta, mean, var, train, eps = (
+        norm.input,
+        norm.weight,
+        norm.bias,
+        norm.mean,
+        norm.var,
+        norm.training,
+        norm.eps,
+    )
+    if block.d(mean) is not Zero or block.d(var) is not Zero:
         return block.fallback(node)  # type: ignore[no-any-return]
     z = block.exact(x)
     dims = [0, *range(2, z.dim())]
@@ -101,7 +105,7 @@ def batch_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
         return block.base_rounded(zc), v, block.base_rounded(zc / (v + eps).sqrt())
 
     zc, v, hat = block.saved(node, "norm", make)
-    out = _one_channel_norm(block, x, gamma, beta, zc, v, hat, bool(train), eps)
+    out = _one_channel_norm(block, x, gamma, beta, zc, v, hat, train, eps)
     if out is None:
         d = block.d(x)
         dhat = None
@@ -120,10 +124,6 @@ def batch_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
     return (out, *[Zero] * (len(block.exact(node)) - 1))
 
 
-UPDATING = (aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.default)
-"""Batch norms that take batch statistics in training and update running ones."""
-
-
 def _statistics_are_read(node: fx.Node, loss: fx.Node) -> bool:
     """Whether the loss depends on a batch norm's new running statistics: then they are more than a buffer update.
 
@@ -138,7 +138,9 @@ def _statistics_are_read(node: fx.Node, loss: fx.Node) -> bool:
         if (at, source) in seen:
             continue
         seen.add((at, source))
-        updates = at.target in UPDATING and at.args[5] and source in at.args[3:5] and source not in at.args[:3]
+        norm = BatchNorm.of(at)
+        updates = norm is not None and norm.updates and norm.training and source in (norm.mean, norm.var)
+        updates = updates and source not in (norm.input, norm.weight, norm.bias)
         ahead += [(user, at) for user in at.users if not updates or user.args[1] != 0]
     return False
 
