@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,12 @@ U = UNIT[torch.float32]
 
 # P, R, K, M. Rows of 300 are too long to be held.
 ROWS = [(2, 9, 96, 70), (3, 40, 33, 17), (1, 1, 1, 1), (5, 7, 20, 140), (20, 5, 64, 16), (2, 3, 300, 20)]
+
+
+def every_dtype() -> Iterator[tuple[Any, ...]]:
+    """dtype of the differences, out_dtype, operands, dtype of the residual or None, and whether there is a norm."""
+    halves = (torch.float32, torch.bfloat16)
+    return itertools.product(halves, halves, halves, (None, *halves), (False, True))
 
 
 def beside(tensor_cores: bool) -> int:

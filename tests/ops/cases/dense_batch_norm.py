@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dzkernels._norm import moments
 from helpers import UNIT, integers, normal
-from ops.case import VANISHING, Case
+from ops.case import HALVES, VANISHING, Case
 
 EPS = 1e-5
 TERMS = 70  # of a float32 sum of moments: 64 rows, and the roundings of e and of the products
@@ -100,6 +101,17 @@ def by_rerun(args: dict[str, Any], relu: bool, training: bool) -> tuple[Tensor, 
     return change, bound + 2.0**-45
 
 
+def with_residual(args: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    """The same with a residual: None, "dense", "bfloat16" or "channel"."""
+    shape = args["delta"].shape
+    if kind == "channel":
+        args["residual"] = normal(shape[0], shape[1], *shape[3:], seed=6)
+        args["residual_channel"] = integers([shape[0]], shape[2], seed=7)
+    elif kind is not None:
+        args["residual"] = last(normal(*shape, seed=6)).to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    return args
+
+
 def cases() -> Iterator[Case]:
     shapes = [(3, 4, 18, 8, 8), (2, 1, 1, 5, 7), (1, 3, 33, 5, 7), (2, 9, 3, 1, 1), (0, 2, 2, 6, 5), (2, 7, 16, 9, 10)]
     variants = ((True, True), (False, True), (True, False))
@@ -107,15 +119,8 @@ def cases() -> Iterator[Case]:
     for shape in [*shapes, (2, 19, 70, 12, 17)]:
         for pool in (1, 2, 3) if min(shape[3:]) > 2 else (1,):
             for k, (relu, training) in enumerate(variants[: 3 // pool]):
-                args = inputs(shape, 0.1, pool)
                 residual = residuals[(k + pool) % 4]
-                if residual == "channel":
-                    args["residual"] = normal(shape[0], shape[1], *shape[3:], seed=6)
-                    args["residual_channel"] = integers([shape[0]], shape[2], seed=7)
-                elif residual is not None:
-                    args["residual"] = last(normal(*shape, seed=6))
-                    if residual == "bfloat16":
-                        args["residual"] = args["residual"].bfloat16()
+                args = with_residual(inputs(shape, 0.1, pool), residual)
                 dtype = torch.bfloat16 if k % 2 else torch.float32
                 args["delta"] = args["delta"].to(dtype)
                 bound = by_rerun(args, relu, training)[1] if shape[0] else 0.0
@@ -124,6 +129,15 @@ def cases() -> Iterator[Case]:
                     args["moments"] = moments(args["delta"], args["zc"])
                 name = f"{shape}, pool={pool}, relu={relu}, training={training}, residual={residual}"
                 yield Case(name, args, bound, dtype, shape[1] == 19)
+    for relu, training, pool, residual, (dtype, out_dtype) in itertools.product(
+        (False, True), (False, True), (1, 2), residuals, HALVES
+    ):
+        args = with_residual(inputs((2, 3, 18, 4, 5), 0.1, pool), residual)
+        args["delta"] = args["delta"].to(dtype)
+        bound = by_rerun(args, relu, training)[1]
+        args |= {"relu": relu, "training": training, "out_dtype": out_dtype}
+        name = f"every kind, {pool=}, {relu=}, {training=}, {residual=}, {dtype} to {out_dtype}"
+        yield Case(name, args, bound, dtype, large=True)
     args = inputs((2, 4, 6, 8, 8))
     args["delta"] = last((args["zc"] * (2.0**-12 - 1)).expand(2, -1, -1, -1, -1))
     largest = (args["gamma"].double().abs() * args["zc"].double().abs().amax((0, 2, 3)))[:, None, None]

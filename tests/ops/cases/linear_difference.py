@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers import UNIT, normal
 from ops.case import HALF_UNIT, HALVES, Case
-from ops.rows import ROWS, beside, double, moved_rows, norm_of
+from ops.rows import ROWS, beside, double, every_dtype, moved_rows, norm_of
 
 U = UNIT[torch.float32]
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 4), (3, 40, 33, 17), (2, 65, 32, 48), (2, 31, 96, 130), (2, 130, 40, 288)]
@@ -60,6 +60,14 @@ def cases() -> Iterator[Case]:
             args |= {"operands": operands, "out_dtype": out_dtype}
             name = f"{(p, r, width, outs)}, norm={normed}, residual={residual}, {dtype} by {operands} to {out_dtype}"
             yield Case(name, args, allowed, dtype, r > 40)
+    for dtype, out_dtype, operands, residual, normed in every_dtype():
+        args = case(2, 21, 33, 18, 0.1)
+        args["delta"] = args["delta"].to(dtype)
+        args["residual"] = None if residual is None else args["residual"].to(residual)
+        args |= {"norm": norm_of(21, 33) if normed else None, "operands": operands, "out_dtype": out_dtype}
+        allowed = bound(args, HALF_UNIT if operands == torch.bfloat16 else 0.0, tensor_cores=True)
+        name = f"every dtype, {dtype} by {operands} to {out_dtype}, {residual=}, {normed=}"
+        yield Case(name, args, allowed, dtype, large=True)
     args = case(3, 70, 20, 24, 1e-2) | {"norm": norm_of(70, 20)}
     args["delta"][1, 33, 3] = args["residual"][0, 69, 2] = math.nan
     yield Case("NaN", args, bound(args, tensor_cores=True).nan_to_num(0), nan=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers import UNIT, normal
 from ops.case import HALF_UNIT, HALVES, Case
 from ops.cases import gelu_difference
-from ops.rows import ROWS, beside, double, moved_rows, norm_of
+from ops.rows import ROWS, beside, double, every_dtype, moved_rows, norm_of
 
 SLOPE = 1.13  # the largest of GELU
 U = UNIT[torch.float32]
@@ -67,6 +67,14 @@ def cases() -> Iterator[Case]:
             args |= {"operands": operands, "out_dtype": out_dtype, "approximate": ("none", "tanh")[k // 2 % 2]}
             name = f"{(p, r, width, hidden, outs)}, norm={normed}, residual={residual}, {dtype} by {operands} to "
             yield Case(f"{name}{out_dtype}", args, allowed, dtype, r > 40)
+    for k, (dtype, out_dtype, operands, residual, normed) in enumerate(every_dtype()):
+        args = case(2, 21, 33, 40, 18, 0.1)
+        args["delta"] = args["delta"].to(dtype)
+        args["residual"] = None if residual is None else args["residual"].to(residual)
+        args |= {"norm": norm_of(21, 33) if normed else None, "operands": operands, "out_dtype": out_dtype}
+        allowed = bound(args, HALF_UNIT if operands == torch.bfloat16 else 0.0, tensor_cores=True)
+        name = f"every dtype, {dtype} by {operands} to {out_dtype}, {residual=}, {normed=}"
+        yield Case(name, args | {"approximate": ("none", "tanh")[k % 2]}, allowed, dtype, large=True)
     for approximate in ("none", "tanh"):  # a layer of one column shows GELU alone
         z = torch.cat([gelu_difference.SPECIAL, torch.linspace(-16, 16, 101)])[:, None]
         steps = torch.tensor([1e-30, 1e-8, 0.01, 0.125, 0.2499, 0.25, 0.2501, 0.5, 2.0, 20.0])
