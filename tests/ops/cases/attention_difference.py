@@ -1,4 +1,4 @@
-"""attention_difference: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers import UNIT, normal
+from ops.calls import BF16, Compiled, Timed, empty
 from ops.case import HALVES, Case
 
 U = UNIT[torch.float32]
@@ -113,3 +114,27 @@ def cases() -> Iterator[Case]:
     args["dk"] = torch.zeros_like(args["dk"])
     args["dk"][:, :, 2] = 1e4
     yield Case("all to one key", args | {"q": args["q"].abs() + 1}, 64 * UNIT[torch.float32])
+
+
+def compiled() -> Iterator[Compiled]:
+    """Self-attention whose q, k and v come from one projection."""
+    for name, count, samples, heads, size, width, dtype, moves in (
+        ("T 128 f32", 8, 8, 12, 128, 64, torch.float32, "qkv"),
+        ("T 1024 bf16", 8, 8, 12, 1024, 64, BF16, "qkv"),
+        ("T 128 dv bf16", 8, 8, 12, 128, 64, BF16, "v"),
+        ("ones", 1, 1, 1, 1, 1, torch.float32, "qkv"),
+    ):
+        base = empty(samples, size, 3, heads, width).unbind(2)
+        moved = empty(count, samples, size, 3, heads, width, dtype=dtype).unbind(3)
+        deltas = [d.transpose(2, 3) if part in moves else None for part, d in zip("qkv", moved, strict=True)]
+        args = (*deltas, *(x.transpose(1, 2) for x in base), empty(samples, heads, size, size))
+        yield Compiled(name, args, {"scale": width**-0.5}, name != "ones")
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, b: int, t: int, d: int) -> Any:
+        q, k, v = torch.randn(3, b, t, d)
+        moved = 1e-2 * torch.randn(3, p, b, t, d)
+        return (*moved, q, k, v, (q @ k.mT * d**-0.5).softmax(-1)), {"scale": d**-0.5}
+
+    yield Timed("W4, P 4", lambda: make(4, 16 * 3, 64, 32), 8.0 * 4 * 48 * 64**2 * 32)

@@ -1,4 +1,4 @@
-"""batch_norm_conv2d: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -12,6 +12,20 @@ from torch import Tensor
 
 from dzkernels._norm import moments
 from helpers import UNIT, integers, normal
+from ops.calls import (
+    BF16,
+    F64,
+    ONES,
+    RESNET,
+    STAGE_3,
+    Compiled,
+    Timed,
+    batch_norm,
+    channels_last,
+    empty,
+    images,
+    products,
+)
 from ops.case import HALF_UNIT, Case
 from ops.cases import dense_batch_norm, dense_conv2d
 
@@ -76,3 +90,26 @@ def cases() -> Iterator[Case]:
             if training and residual is not None:
                 args["moments"] = moments(args["delta"], args["zc"])
             yield Case(f"{name}, residual={residual}", args, bound, dtype, name == "large")
+
+
+def compiled() -> Iterator[Compiled]:
+    after = {"next_zc": empty(*STAGE_3[1:]), "moments": empty(STAGE_3[0], 2, STAGE_3[2], dtype=F64)}
+    first = {"next_zc": empty(*RESNET[1:]), "moments": empty(RESNET[0], 2, RESNET[2], dtype=F64)}
+    for name, shape, dtype, more in (
+        ("C 64 bf16", STAGE_3, BF16, after),
+        ("C 64 f32", STAGE_3, torch.float32, after),
+        ("C 16 bf16", RESNET, BF16, first),
+        ("C 16 bf16 alone", RESNET, BF16, {}),
+        ("C 64 residual bf16", STAGE_3, BF16, {"residual": channels_last(*STAGE_3, dtype=BF16)}),
+        ("ones", ONES, torch.float32, {"next_zc": empty(1, 1, 1, 1)}),
+    ):
+        options = {"weight": empty(shape[2], shape[2], 3, 3, dtype=dtype), "padding": 1, **batch_norm(*shape), **more}
+        yield Compiled(name, (channels_last(*shape, dtype=dtype), empty(*shape[1:])), options, name != "ones")
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, n: int, c: int, size: int) -> Any:
+        args, options = dense_batch_norm.work(p, n, c, size)
+        return (*args[:3], images(c, c, 3, 3), args[3]), options | {"padding": 1}
+
+    yield Timed("W2 stage 3, P 16", lambda: make(16, 32, 64, 8), 64 * products(16, 32, 64, 8))

@@ -1,4 +1,4 @@
-"""channel_batch_norm: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import UNIT, integers, normal
+from ops.calls import F64, ONES, RESNET, Compiled, Timed, batch_norm, empty, indices, spread
 from ops.case import VANISHING, Case
 
 EPS = 1e-5
@@ -112,3 +113,22 @@ def cases() -> Iterator[Case]:
     yield Case("a large mean", far, by_rerun(far, True)[1])
     args["delta"][1, 0, 0, 0] = math.nan
     yield Case("NaN", args, by_rerun(args, True)[1].nan_to_num(0), nan=True)
+
+
+def compiled() -> Iterator[Compiled]:
+    for name, shape, pool in (("", RESNET, 1), ("pool 2", RESNET, 2), ("ones", ONES, 1)):
+        args = empty(*shape[:2], *shape[3:]), indices(shape[0]), empty(*shape[1:])
+        yield Compiled(
+            name, args, {"mean": empty(shape[2], dtype=F64), **batch_norm(*shape, pool=pool)}, name != "ones"
+        )
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, n: int, c: int, size: int) -> Any:
+        x, y = torch.randn(n, c, size, size), torch.randn(n, c, size, size)
+        zero, one = torch.zeros(c, dtype=torch.float64), torch.ones(c, dtype=torch.float64)
+        delta = 1e-2 * torch.randn(p, n, size, size)
+        return (delta, spread(p, c), x, zero, one, one), {"y": y, "relu": True}
+
+    yield Timed("W1 first layer, P 16, relu", lambda: make(16, 128, 18, 32))
+    yield Timed("W2 stage 2, P 32, relu", lambda: make(32, 32, 32, 16))

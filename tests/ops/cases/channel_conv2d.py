@@ -1,4 +1,4 @@
-"""channel_conv2d: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import integers, small_ints
+from ops.calls import BF16, ONES, RESNET, Compiled, Timed, empty, indices, products, spread
 from ops.case import Case
 from ops.cases.conv2d_tap import geometries
 
@@ -53,3 +54,22 @@ def cases() -> Iterator[Case]:
         }
         for out_dtype in (torch.float32, torch.bfloat16) if count == 2 else (dtype,):
             yield Case(f"{name}, out {out_dtype}", args | {"out_dtype": out_dtype}, None, dtype, "large" in name)
+
+
+def compiled() -> Iterator[Compiled]:
+    for name, (count, samples, channels, height, width), outs, dtype in (
+        ("f32", RESNET, 16, torch.float32), ("bf16", RESNET, 16, BF16), ("ones", ONES, 1, torch.float32),
+    ):  # fmt: skip
+        weight = empty(outs, channels, 3, 3, dtype=dtype)
+        args = empty(count, samples, height, width, dtype=dtype), indices(count), weight
+        yield Compiled(name, args, {"padding": 1}, name != "ones")
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, n: int, c: int, size: int) -> Any:
+        delta = torch.randn(p, n, size, size)
+        return (delta, spread(p, c), torch.randn(c, c, 3, 3)), {"padding": 1}
+
+    yield Timed("W1 layer 2, P 16", lambda: make(16, 128, 18, 16), products(16, 128, 18, 16))
+    yield Timed("W2 stage 1, P 8", lambda: make(8, 32, 16, 32), products(8, 32, 16, 32))
+    yield Timed("W2 stage 3, P 64", lambda: make(64, 32, 64, 8), products(64, 32, 64, 8))

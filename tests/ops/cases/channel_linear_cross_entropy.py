@@ -1,4 +1,4 @@
-"""channel_linear_cross_entropy: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from helpers import UNIT, integers, normal
+from ops.calls import F64, Compiled, Timed, empty, indices, spread
 from ops.case import Case
 
 
@@ -29,3 +30,17 @@ def cases() -> Iterator[Case]:
             # the reference subtracts rounded products
             bound = 64 * UNIT[torch.float64] * products.abs().amax(2).mean(1)
             yield Case(f"{shape}, scale={scale}", args, bound, large=shape[1] == 300)
+
+
+def compiled() -> Iterator[Compiled]:
+    for count, samples, classes, width in ((96, 128, 10, 64), (96, 128, 1000, 512), (1, 1, 1, 1)):
+        base = empty(classes, width), empty(samples, classes, dtype=F64), indices(samples)
+        yield Compiled(f"K {classes}", (empty(count, samples), indices(count), *base), hot=count > 1)
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, n: int, c: int, k: int) -> Any:
+        log_probs = torch.randn(n, k, dtype=torch.float64).log_softmax(1)
+        return (1e-2 * torch.randn(p, n), spread(p, c), torch.randn(k, c), log_probs, torch.arange(n) % k), {}
+
+    yield Timed("W1 head, P 384", lambda: make(384, 128, 18, 10))

@@ -1,4 +1,4 @@
-"""conv2d_tap: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import integers, normal, small_ints
+from ops.calls import BF16, RESNET, Compiled, Timed, empty, indices
 from ops.case import Case, drawn_convolutions
 
 # N, Cin, H, W, Cout, kernel, stride, padding, dilation, groups
@@ -93,3 +94,21 @@ def cases() -> Iterator[Case]:
             moved = {"x": normal(*x.shape, seed=1).to(dtype), "step": normal(count, seed=2).to(dtype)}
             bound = None if dtype == torch.float32 else 0.0  # one rounding, which the interpreter may do otherwise
             yield Case(f"{name}, any values", args | moved, bound, dtype, "large" in name)
+
+
+def compiled() -> Iterator[Compiled]:
+    x = empty(*RESNET[1:])
+    taps = {"kernel": 3, "padding": 1, "out_channels": 16}
+    for name, dtype in (("f32", torch.float32), ("bf16", BF16)):
+        yield Compiled(name, (x.to(dtype), indices(96, 4), empty(96, dtype=dtype)), taps)
+    yield Compiled("ones", (empty(1, 1, 1, 1), indices(1, 4), empty(1)), {"kernel": 1, "out_channels": 1}, False)
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, n: int, c: int, size: int) -> Any:
+        coord = torch.stack([torch.arange(p) % c, torch.arange(p) % c, torch.arange(p) % 3, torch.arange(p) % 3], 1)
+        taps = {"kernel": 3, "padding": 1, "out_channels": c}
+        return (torch.randn(n, c, size, size), coord, torch.full((p,), 5e-3)), taps
+
+    yield Timed("W1 first layer, P 16", lambda: make(16, 128, 3, 32))
+    yield Timed("W2 stage 3, P 64", lambda: make(64, 32, 64, 8))

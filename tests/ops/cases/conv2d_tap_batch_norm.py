@@ -1,4 +1,4 @@
-"""conv2d_tap_batch_norm: inputs, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
-"""cross_entropy_difference: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import mpmath
 import torch
 from torch import Tensor
 
 from helpers import UNIT, integers, normal
+from ops.calls import F64, Compiled, Timed, empty, indices
 from ops.case import Case
 
 
@@ -52,3 +54,18 @@ def cases() -> Iterator[Case]:
     dlogits = torch.tensor([[[60.0, 0.0]], [[800.0, 0.0]]])  # the sum of p expm1(e) is almost -1
     args = {"log_probs": log_probs, "target": torch.tensor([0]), "dlogits": dlogits}
     yield Case("a target that had no chance", args, 8 * UNIT[torch.float64] * 800)
+
+
+def compiled() -> Iterator[Compiled]:
+    for count, samples, classes in ((96, 128, 10), (96, 128, 1000), (1, 1, 1)):
+        args = empty(samples, classes, dtype=F64), indices(samples), empty(count, samples, classes)
+        yield Compiled(f"K {classes}", args, hot=count > 1)
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, n: int, k: int) -> Any:
+        log_probs = torch.randn(n, k, dtype=torch.float64).log_softmax(1)
+        return (log_probs, torch.arange(n) % k, 1e-2 * torch.randn(p, n, k)), {}
+
+    yield Timed("W1 head, P 1024", lambda: make(1024, 128, 10))
+    yield Timed("W3 head, P 4096", lambda: make(4096, 64, 10))

@@ -1,4 +1,4 @@
-"""dense_batch_norm: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dzkernels._norm import moments
 from helpers import UNIT, integers, normal
+from ops.calls import BF16, ONES, RESNET, Compiled, Timed, batch_norm, channels_last, empty, images
 from ops.case import HALVES, VANISHING, Case
 
 EPS = 1e-5
@@ -149,3 +150,27 @@ def cases() -> Iterator[Case]:
     yield Case("a large mean", far, by_rerun(far, True, True)[1])
     args["delta"][1, 0, 3, 1, 1] = math.nan
     yield Case("NaN", args, by_rerun(args, True, True)[1].nan_to_num(0), nan=True)
+
+
+def compiled() -> Iterator[Compiled]:
+    for name, shape, pool, dtype in (
+        ("f32", RESNET, 1, torch.float32),
+        ("bf16", RESNET, 1, BF16),
+        ("pool 2 bf16", RESNET, 2, BF16),
+        ("ones", ONES, 1, torch.float32),
+    ):
+        options = {"residual": channels_last(*shape, dtype=dtype), "out_dtype": dtype, **batch_norm(*shape, pool=pool)}
+        yield Compiled(name, (channels_last(*shape, dtype=dtype), empty(*shape[1:])), options, name != "ones")
+
+
+def timed() -> Iterator[Timed]:
+    yield Timed("W2 stage 1, P 4, residual, relu", lambda: work(4, 32, 16, 32))
+    yield Timed("W2 stage 3, P 16, residual, relu", lambda: work(16, 32, 64, 8))
+
+
+def work(p: int, n: int, c: int, size: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Arguments as a residual network gives them, to be timed."""
+    one = torch.ones(c, dtype=torch.float64)
+    residual, y = 1e-2 * images(p, n, c, size, size), images(n, c, size, size)
+    args = 1e-2 * images(p, n, c, size, size), images(n, c, size, size), one, one
+    return args, {"residual": residual, "y": y, "relu": True}

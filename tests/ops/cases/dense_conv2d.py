@@ -1,8 +1,9 @@
-"""dense_conv2d: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import UNIT, normal, small_ints
+from ops.calls import BF16, ONES, RESNET, STAGE_3, Compiled, Timed, channels_last, empty, images, products
 from ops.case import Case
 
 # N, C, H, W, O, kernel, stride, padding, dilation, groups
@@ -148,3 +150,26 @@ def cases() -> Iterator[Case]:
         delta, weight = (t.bfloat16() for t in operands(shape, small_ints, 1))
         args = {"delta": delta, "weight": weight, **geometry(shape)}
         yield Case(f"{name}, small integers", args, None, torch.bfloat16, large=True)
+
+
+def compiled() -> Iterator[Compiled]:
+    for name, shape, dtype, next_zc in (
+        ("C 64 bf16", STAGE_3, BF16, empty(*STAGE_3[1:])),
+        ("C 64 f32", STAGE_3, torch.float32, empty(*STAGE_3[1:])),
+        ("C 16 bf16", RESNET, BF16, empty(*RESNET[1:])),
+        ("C 64 bf16 alone", STAGE_3, BF16, None),
+        ("ones", ONES, torch.float32, None),
+    ):
+        args = channels_last(*shape, dtype=dtype), empty(shape[2], shape[2], 3, 3, dtype=dtype)
+        yield Compiled(name, args, {"padding": 1, "next_zc": next_zc}, name != "ones")
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, n: int, c: int, size: int, dtype: torch.dtype) -> Any:
+        return (images(p, n, c, size, size).to(dtype), images(c, c, 3, 3).to(dtype)), {"padding": 1}
+
+    for p, n, c, size in ((2, 32, 16, 32), (4, 128, 18, 8), (4, 32, 32, 16), (8, 32, 64, 8)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for by_torch in (False, True):
+                name = f"{c} channels {size}x{size}, {str(dtype).removeprefix('torch.')}{', by torch' * by_torch}"
+                yield Timed(name, partial(make, p, n, c, size, dtype), c * products(p, n, c, size), by_torch)

@@ -1,4 +1,4 @@
-"""gelu_difference: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers import UNIT, normal
+from ops.calls import BF16, Compiled, Timed, empty, rows
 from ops.case import HALVES, Case
 
 SLOPE = 1.13  # the largest slope of either form
@@ -63,3 +64,13 @@ def cases() -> Iterator[Case]:
             args["out_dtype"] = out_dtype
             allowed = bound(delta)
             yield Case(f"{shape}, {k}, {approximate}, {dtype} to {out_dtype}", args, allowed, dtype, shape[0] == 40)
+
+
+def compiled() -> Iterator[Compiled]:
+    yield Compiled("erf bf16", (empty(32, 64, 3072, dtype=BF16), empty(64, 3072)))
+    yield Compiled("tanh f32", (empty(32, 64, 3072), empty(64, 3072)), {"approximate": "tanh"})
+    yield Compiled("ones", (empty(1, 1), empty(1)), hot=False)
+
+
+def timed() -> Iterator[Timed]:
+    yield Timed("W4, P 4", lambda: (rows(4, 1024, 384), {}))

@@ -1,4 +1,4 @@
-"""layer_norm_difference: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import UNIT, normal
+from ops.calls import BF16, F64, Compiled, Timed, empty, rows
 from ops.case import HALVES, Case
 
 EPS = 1e-5
@@ -69,3 +70,22 @@ def cases() -> Iterator[Case]:
     args["delta"][1, 2, 7] = math.nan
     bound = (16 * UNIT[torch.float32] * size(args)).nan_to_num(0)
     yield Case("NaN", args, bound, nan=True)
+
+
+def compiled() -> Iterator[Compiled]:
+    for name, count, size, width, dtype in (
+        ("M 768 bf16", 32, 4096, 768, BF16),
+        ("M 768 f32", 32, 4096, 768, torch.float32),
+        ("M 128 f32", 32, 4096, 128, torch.float32),
+        ("M 50000 f32", 32, 64, 50000, torch.float32),
+        ("ones", 1, 1, 1, torch.float32),
+    ):
+        args = empty(count, size, width, dtype=dtype), empty(size, width), empty(size, dtype=F64), empty(width)
+        yield Compiled(name, args, {"eps": 1e-5, "centre": width < 50000}, name != "ones")
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, r: int, m: int) -> Any:
+        return (*rows(p, r, m), torch.ones(r, dtype=torch.float64), torch.ones(m)), {"eps": 1e-5}
+
+    yield Timed("W4, P 16", lambda: make(16, 1024, 96))

@@ -1,4 +1,4 @@
-"""linear_difference: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dzkernels
 from helpers import UNIT, normal
+from ops.calls import BF16, Compiled, Timed, empty, row_norm, rows
 from ops.case import HALF_UNIT, HALVES, Case
 from ops.rows import ROWS, beside, double, every_dtype, moved_rows, norm_of
 
@@ -71,3 +73,29 @@ def cases() -> Iterator[Case]:
     args = case(3, 70, 20, 24, 1e-2) | {"norm": norm_of(70, 20)}
     args["delta"][1, 33, 3] = args["residual"][0, 69, 2] = math.nan
     yield Case("NaN", args, bound(args, tensor_cores=True).nan_to_num(0), nan=True)
+
+
+def compiled() -> Iterator[Compiled]:
+    for name, count, size, width, outs, dtype in (
+        ("96 to 288 norm bf16", 32, 1024, 96, 288, BF16),
+        ("128 to 384 norm f32", 32, 1024, 128, 384, torch.float32),
+        ("768 residual bf16", 8, 1024, 768, 768, BF16),
+        ("ones norm", 1, 1, 1, 1, torch.float32),
+    ):
+        if "norm" in name:
+            options = {"norm": row_norm(size, width), "out_dtype": dtype}
+        else:
+            options = {"residual": empty(count, size, outs), "out_dtype": torch.float32}
+        yield Compiled(name, (empty(count, size, width, dtype=dtype), empty(outs, width)), options, count > 1)
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, r: int, k: int, m: int, norm: bool) -> Any:
+        delta, zc = rows(p, r, k)
+        weight, one = torch.randn(m, k) / k**0.5, torch.ones(r, dtype=torch.float64)
+        if norm:
+            return (delta, weight, None, dzkernels.RowNorm(zc, one, torch.ones(k), 1e-5)), {}
+        return (delta, weight, 1e-2 * torch.randn(p, r, m)), {}
+
+    yield Timed("W4 norm and qkv, P 8", lambda: make(8, 1024, 96, 288, True), 2.0 * 8 * 1024 * 96 * 288)
+    yield Timed("W4 projection and residual, P 8", lambda: make(8, 1024, 96, 96, False), 2.0 * 8 * 1024 * 96 * 96)

@@ -1,4 +1,4 @@
-"""mlp_difference: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers import UNIT, normal
+from ops.calls import BF16, Compiled, Timed, empty, row_norm, rows
 from ops.case import HALF_UNIT, HALVES, Case
 from ops.cases import gelu_difference
 from ops.rows import ROWS, beside, double, every_dtype, moved_rows, norm_of
@@ -84,3 +85,25 @@ def cases() -> Iterator[Case]:
     args = case(3, 70, 20, 40, 24, 1e-2) | {"norm": norm_of(70, 20)}
     args["delta"][1, 33, 3] = args["z"][5, 39] = args["residual"][0, 69, 2] = math.nan
     yield Case("NaN", args, bound(args, tensor_cores=True).nan_to_num(0), nan=True)
+
+
+def compiled() -> Iterator[Compiled]:
+    for name, count, size, width, hidden, dtype in (
+        ("96 bf16", 32, 1024, 96, 384, BF16),
+        ("96 tanh bf16", 32, 1024, 96, 384, BF16),
+        ("256 bf16", 32, 1024, 256, 1024, BF16),
+        ("128 f32", 32, 1024, 128, 512, torch.float32),
+        ("ones", 1, 1, 1, 1, torch.float32),
+    ):
+        layers = empty(hidden, width), empty(size, hidden), empty(width, hidden)
+        args = empty(count, size, width, dtype=dtype), *layers, empty(count, size, width), row_norm(size, width)
+        form = "tanh" if "tanh" in name else "none"
+        yield Compiled(name, args, {"approximate": form, "operands": dtype, "out_dtype": torch.float32}, count > 1)
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, r: int, m: int, h: int) -> Any:
+        delta, _ = rows(p, r, m)
+        return (delta, torch.randn(h, m) / m**0.5, torch.randn(r, h), torch.randn(m, h) / h**0.5), {}
+
+    yield Timed("W4, P 8", lambda: make(8, 1024, 96, 384), 4.0 * 8 * 1024 * 96 * 384)

@@ -1,4 +1,4 @@
-"""self_attention_difference: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dzkernels
 from helpers import UNIT, normal
+from ops.calls import BF16, Compiled, Timed, empty, row_norm, rows
 from ops.case import HALF_UNIT, Case
 from ops.cases import attention_difference, linear_difference
 from ops.rows import beside, moved_rows
@@ -110,3 +111,26 @@ def cases() -> Iterator[Case]:
         bound({**args, "delta": args["delta"].nan_to_num(0)}, tensor_cores=True),
         nan=True,
     )
+
+
+def compiled() -> Iterator[Compiled]:
+    heads = empty(16, 3, 64, 32)
+    args = (
+        empty(32, 16 * 64, 96), empty(3, 96, 96), heads, heads, heads, empty(16, 3, 64, 64), empty(96, 96),
+        empty(32, 16 * 64, 96), row_norm(16 * 64, 96),
+    )  # fmt: skip
+    yield Compiled("96 norm residual bf16", args, {"scale": 32**-0.5, "operands": BF16})
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, n: int, h: int, t: int, d: int) -> Any:
+        k = h * d
+        delta, zc = rows(p, n * t, k)
+        q, key, v = torch.randn(3, n, h, t, d)
+        probs = (q @ key.mT * d**-0.5).softmax(-1)
+        norm = dzkernels.RowNorm(zc, torch.ones(n * t, dtype=torch.float64), torch.ones(k), 1e-5)
+        weight, project = torch.randn(h, 3 * d, k) / k**0.5, torch.randn(k, k) / k**0.5
+        return (delta, weight, q, key, v, probs, project, delta, norm), {"scale": d**-0.5}
+
+    flops = 8.0 * 8 * 1024 * 96**2 + 8.0 * 8 * 48 * 64**2 * 32
+    yield Timed("W4, P 8", lambda: make(8, 16, 3, 64, 32), flops)

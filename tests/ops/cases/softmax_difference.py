@@ -1,14 +1,16 @@
-"""softmax_difference: inputs, the rows of the table, and what the results are held against."""
+"""Inputs, the rows of the table, and what the results are held against."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from helpers import UNIT, normal
+from ops.calls import Compiled, Timed, empty, rows
 from ops.case import Case
 
 U = UNIT[torch.float32]
@@ -57,3 +59,18 @@ def cases() -> Iterator[Case]:
     delta[1, 2, 7] = math.nan
     allowed = bound(delta, p, False).nan_to_num(0)
     yield Case("NaN", {"delta": delta, "p": p}, allowed, nan=True)
+
+
+def compiled() -> Iterator[Compiled]:
+    for name, count, size, classes in (("K 128", 32, 4096, 128), ("ones", 1, 1, 1)):
+        yield Compiled(name, (empty(count, size, classes), empty(size, classes)), hot=name != "ones")
+    for size, classes in ((4096, 1000), (512, 50272)):
+        yield Compiled(f"K {classes} log", (empty(32, size, classes), empty(size, classes)), {"log": True})
+
+
+def timed() -> Iterator[Timed]:
+    def make(p: int, r: int, k: int) -> Any:
+        delta, logits = rows(p, r, k)
+        return (delta, logits.softmax(1)), {}
+
+    yield Timed("W4 attention, P 4", lambda: make(4, 16 * 3 * 64, 64))
