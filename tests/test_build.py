@@ -216,7 +216,7 @@ info = dzkernels.build_info()
 print(info["isa"], info["native_error"], sep="|")
 try:
     with dzkernels.use_backend("cpu"):
-        dzkernels.channel_conv2d(torch.ones(1, 1, 3, 3), torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, 3, 3))
+        dzkernels.softmax_difference(torch.zeros(1, 1, 2), torch.full((1, 2), 0.5))
 except dzkernels.BackendError as error:
     print(error)
 """
@@ -225,7 +225,7 @@ except dzkernels.BackendError as error:
     assert first.startswith("None|DZ_ISA='v9' was requested but 'v9' is not one of the levels built: base"), (
         result.stderr
     )
-    assert second.startswith("dz::channel_conv2d: backend 'cpu' was requested but DZ_ISA='v9' was requested but")
+    assert second.startswith("dz::softmax_difference: backend 'cpu' was requested but DZ_ISA='v9' was requested but")
     assert second.endswith("Available here: reference")
 
 
@@ -240,7 +240,7 @@ with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     info = dzkernels.build_info()
     for _ in range(3):
-        dzkernels.channel_conv2d(torch.ones(1, 1, 3, 3), torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, 3, 3))
+        dzkernels.softmax_difference(torch.zeros(1, 1, 2), torch.full((1, 2), 0.5))
 print(len(seen), seen[0].message)
 print(info["isa"], info["native_error"])
 print(dzkernels.available_backends())
@@ -250,7 +250,7 @@ print(dzkernels.available_backends())
     assert warned.startswith("1 dzkernels._C could not be loaded: "), result.stderr
     assert kept.startswith("None dzkernels._C could not be loaded: ")
     assert available == "('reference',)"
-    assert result.stderr.count("LOG dz::channel_conv2d runs on backend 'reference' because better ones cannot") == 1
+    assert result.stderr.count("LOG dz::softmax_difference runs on backend 'reference' because better ones cannot") == 1
 
 
 def test_use_isa_refuses_and_restores() -> None:

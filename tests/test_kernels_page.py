@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from helpers import RUNNERS
-
 ROOT = Path(__file__).resolve().parents[1]
 OP = "relu_difference"
 TREE = ("csrc", "dzkernels", "python", "docs", "tests", "setup.py", "pyproject.toml", "README.md")
@@ -32,7 +30,7 @@ def test_the_page_makes_a_kernel(tmp_path: Path) -> None:
         f"dzkernels/ops/{OP}.py",
         f"dzkernels/reference/{OP}.py",
         f"csrc/cpu/{OP}.cpp",
-        f"tests/ops/test_{OP}.py",
+        f"tests/ops/cases/{OP}.py",
     ]
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "figures")
     for name in TREE:
@@ -63,4 +61,4 @@ def test_the_page_makes_a_kernel(tmp_path: Path) -> None:
     assert f"import {OP} as {OP}" in (tree / "dzkernels" / "__init__.pyi").read_text(encoding="utf-8")
     passed = re.search(r"\b(\d+) passed", run(f"{test} -p no:cacheprovider"))
     assert passed is not None
-    assert int(passed[1]) == 4 * len(RUNNERS) + 1, "each shape runs on the reference and on each level of the kernel"
+    assert int(passed[1]) == 2, "the kernel passes on its cases, and a wrong one does not"

@@ -37,11 +37,9 @@ def test_every_op_has_a_reference_and_no_folder_holds_anything_else() -> None:
     assert stems(PACKAGE / "cpu", ".py") <= set(dzkernels.OPS)
 
 
-def test_cpu_sources_and_tests() -> None:
+def test_cpu_sources_and_cases() -> None:
     kernels = {op for op in dzkernels.OPS if DECLARED[op].kernels["cpu"].result or launches(op)}
     assert stems(ROOT / "csrc" / "cpu", ".cpp") - {"dispatch"} == kernels
-    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
-    assert set(dzkernels.OPS) <= tests
     assert stems(ROOT / "tests" / "ops" / "cases", ".py") == set(dzkernels.OPS)
 
 

@@ -32,7 +32,7 @@ QUICK = {
     "exactness": 60,
     "fusion": 4,
     "models": 4,
-    "ops/test_backends.py": 25,
+    "ops/test_cases.py": 25,
     "ops/test_aot.py": 0,
     "ops/test_aot_cuda.py": 0,
     "ops/test_record.py": 0,

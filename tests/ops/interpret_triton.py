@@ -1,19 +1,19 @@
 """Runs the Triton kernels on CPU tensors (TRITON_INTERPRET=1): the cases of ops/cases against the reference, and
 estimates by the plan that a GPU has, on Triton's kernels alone, against float64.
 
-Started by test_backends.py in a process of its own; by hand with the names of ops: python interpret_triton.py gelu_...
+Started by test_cases.py in a process of its own; by hand with the names of ops: python interpret_triton.py gelu_...
 or with "estimates".
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,9 +26,7 @@ from deepzero.models import vit
 from deepzero.models.vit import Block
 from dzkernels import OPS, backends
 from dzkernels.triton import _config
-from helpers import assert_exact
 from judge import WideCGE, judge, plain_quotients, sampled, tolerance
-from ops.cases import self_attention_difference
 from ops.table import CASES, check
 
 
@@ -109,14 +107,6 @@ def estimates() -> None:
             judge(got, wanted).check(tolerance(precision, 5e-3))
 
 
-def check_parts(given: dict[str, Any]) -> None:
-    """The attention region is its three kernels one after the other, bit for bit."""
-    operands = given.get("operands", torch.float32)
-    with dzkernels.use_backend("triton"):
-        got = dzkernels.self_attention_difference(**{**given, "out_dtype": torch.float32})
-        assert_exact(got, self_attention_difference.apart(given, operands, operands))
-
-
 def main() -> None:
     turn = itertools.count()
     os.environ["DZ_TUNE"] = "1"  # each launch takes the next configuration: none of them may move a bit
@@ -127,13 +117,15 @@ def main() -> None:
             estimates()
             print(f"{op}: {time.perf_counter() - started:.1f} s")
             continue
+        also = getattr(importlib.import_module(f"ops.cases.{op}"), "check_also", None)
         for case in CASES[op]():
             if case.large:
                 continue
             try:
                 check(op, case, "triton", "cpu")
-                if op == "self_attention_difference" and not case.nan:
-                    check_parts(case.args)
+                if also is not None and not case.nan:
+                    with dzkernels.use_backend("triton"):
+                        also(case.args)
             except Exception as error:
                 raise AssertionError(f"{op}, case {case.id!r}: {error}") from error
             count += 1

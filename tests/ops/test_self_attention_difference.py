@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 
 import dzkernels
+from dzkernels import backends
+from dzkernels.backends import implementation
 from helpers import RUNNERS, assert_bounded, assert_exact, running, strided
-from ops.cases.self_attention_difference import SHAPES, Shape, apart, bound, case
+from ops.cases.self_attention_difference import SHAPES, Shape, apart, bound, case, cases
 from ops.rows import double, norm_errors
+from ops.table import check
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])
@@ -23,6 +27,26 @@ def test_the_reference_is_the_ops_it_is_made_of(shape: Shape, scale: float) -> N
         with running("reference"):
             wanted = apart(given, torch.float64, torch.float64)
             assert_bounded(dzkernels.self_attention_difference(**given), wanted, 1e-14 * wanted.abs().amax())
+
+
+@pytest.mark.parametrize("left_out", ["dq", "dk", "dv", "all"])
+def test_a_kernel_without_one_of_the_changes_does_not_pass(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(backend: str, op: str) -> Callable[..., Tensor]:
+        kernel = implementation(backend, op)
+
+        def without(delta: Tensor, weight: Tensor, q: Tensor, *rest: Any, **options: Any) -> Tensor:
+            inner, weight = q.shape[-1], weight.clone()
+            features = {"dq": slice(inner), "dk": slice(inner, 2 * inner), "dv": slice(2 * inner, None)}
+            weight[:, features.get(left_out, slice(None))] = 0.0
+            return kernel(delta, weight, q, *rest, **options)
+
+        return kernel if backend == "reference" else without
+
+    monkeypatch.setattr(backends, "implementation", wrong)
+    for row in cases():
+        if row.args["q"].shape[2] > 1:  # the softmax of a single token stands still
+            with pytest.raises(AssertionError, match="out of bounds"):
+                check("self_attention_difference", row, "cpu", "cpu")
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dzkernels
-from helpers import UNIT, normal
+from helpers import UNIT, assert_exact, normal
 from ops.calls import BF16, Compiled, Timed, empty, row_norm, rows
 from ops.case import HALF_UNIT, Case
 from ops.cases import attention_difference, linear_difference
@@ -60,6 +60,13 @@ def apart(given: dict[str, Any], operands: torch.dtype, between: torch.dtype) ->
     change = dzkernels.attention_difference(*moves, *base, scale=given["scale"], out_dtype=between)
     rows = change.transpose(2, 3).reshape(*given["delta"].shape[:2], -1)
     return dzkernels.linear_difference(rows, given["project"], given["residual"], operands=operands, out_dtype=wide)
+
+
+def check_also(given: dict[str, Any]) -> None:
+    """Triton's kernel is its three parts one after the other, bit for bit."""
+    operands = given.get("operands", torch.float32)
+    got = dzkernels.self_attention_difference(**{**given, "out_dtype": torch.float32})
+    assert_exact(got, apart(given, operands, operands))
 
 
 def heads_of(rows: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
