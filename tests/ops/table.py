@@ -15,7 +15,7 @@ import dzkernels
 from dzkernels import backends
 from helpers import UNIT, assert_bounded, assert_exact, strided
 from ops.case import HALF_UNIT, Case
-from ops.cases.dense_conv2d import moments_by_rerun
+from ops.moments import moments_by_rerun
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     op: importlib.import_module(f"ops.cases.{op}").cases for op in dzkernels.OPS

@@ -13,7 +13,7 @@ from dzkernels._norm import moments
 from helpers import RUNNERS, assert_bounded, assert_exact, integers, normal, running, small_ints, strided
 from ops.cases.batch_norm_conv2d import SHAPES, Shape, by_rerun, convolved, inputs
 from ops.cases.dense_batch_norm import last
-from ops.cases.dense_conv2d import centred, moments_by_rerun
+from ops.moments import centred, moments_by_rerun
 
 
 @pytest.mark.parametrize("training", [True, False])

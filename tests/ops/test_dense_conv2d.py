@@ -14,7 +14,8 @@ from torch import Tensor
 
 import dzkernels
 from helpers import RUNNERS, assert_bounded, assert_exact, normal, running, small_ints, strided
-from ops.cases.dense_conv2d import SHAPES, by_torch, centred, geometry, in_tiles, moments_by_rerun, operands, roundings
+from ops.cases.dense_conv2d import SHAPES, by_torch, geometry, in_tiles, operands, roundings
+from ops.moments import centred, moments_by_rerun
 
 ROOT = Path(__file__).resolve().parents[2]
 by_cuda = importlib.import_module("dzkernels.cuda.dense_conv2d")

@@ -27,7 +27,8 @@ from ops.calls import (
     products,
 )
 from ops.case import HALF_UNIT, Case
-from ops.cases import dense_batch_norm, dense_conv2d
+from ops.cases import dense_batch_norm
+from ops.moments import centred
 
 # P, N, C, H, W; O, kernel; stride, padding, dilation
 SHAPES = [
@@ -86,7 +87,7 @@ def cases() -> Iterator[Case]:
             args |= {"relu": relu, "training": training}
             if residual is not None:
                 wanted = convolved(args["delta"].float(), args, args["weight"].float())
-                args["next_zc"] = dense_conv2d.centred(*wanted.shape[1:])
+                args["next_zc"] = centred(*wanted.shape[1:])
             if training and residual is not None:
                 args["moments"] = moments(args["delta"], args["zc"])
             yield Case(f"{name}, residual={residual}", args, bound, dtype, name == "large")

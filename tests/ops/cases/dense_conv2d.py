@@ -14,6 +14,7 @@ from torch import Tensor
 from helpers import UNIT, normal, small_ints
 from ops.calls import BF16, ONES, RESNET, STAGE_3, Compiled, Timed, channels_last, empty, images, products
 from ops.case import Case
+from ops.moments import centred
 
 # N, C, H, W, O, kernel, stride, padding, dilation, groups
 SHAPES = [
@@ -43,27 +44,6 @@ def operands(shape: tuple[Any, ...], make: Any, count: int = 3) -> tuple[Tensor,
 def by_torch(delta: Tensor, weight: Tensor, shape: tuple[Any, ...]) -> Tensor:
     out = F.conv2d(delta.flatten(0, 1).double(), weight.double(), None, *shape[6:])
     return out.unflatten(0, delta.shape[:2])
-
-
-def centred(*shape: int) -> Tensor:
-    """Base input [N, O, Ho, Wo] of a norm minus its mean, in channels-last memory."""
-    values = normal(*shape, seed=9).double()
-    return (values - values.mean((0, 2, 3), keepdim=True)).float().contiguous(memory_format=torch.channels_last)
-
-
-def moments_by_rerun(out: Tensor, zc: Tensor) -> tuple[Tensor, Tensor]:
-    """[P, 2, O] by taking both variances in float64, and how far sums of 256 float32 terms may be from it."""
-    d, z = out.double(), zc.double()
-    mean, dims = d.mean((1, 3, 4)), (1, 3, 4)
-    moved = z + d
-    spreads = [v - v.mean(axes, keepdim=True) for v, axes in ((moved, dims), (z, (0, 2, 3)))]
-    change = spreads[0].square().mean(dims) - spreads[1].square().mean((0, 2, 3))
-    spread = (d - mean[:, None, :, None, None]).abs()
-    unit, terms = UNIT[torch.float32], 256 + 8  # and the roundings of e, of the products and of what is kept of a sum
-    about = spread + spread.amax(dims, keepdim=True) + terms * unit * d.abs().amax(dims, keepdim=True)
-    bound = torch.stack([about.mean(dims), (2 * z.abs() * about + about.square()).mean(dims)], 1)
-    rerun = UNIT[torch.float64] * 64 * (moved.square().mean(dims) + z.square().mean((0, 2, 3)))
-    return torch.stack([mean, change], 1), terms * unit * bound + rerun.unsqueeze(1)
 
 
 A, B = 0.75, 1.5
