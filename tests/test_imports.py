@@ -37,6 +37,7 @@ FLOORS = (
     "block",
     "base_pass",
     "graph",
+    "surroundings",
     "blackbox objective device",
     "carriers state text data models",
     "errors",

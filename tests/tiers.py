@@ -40,6 +40,7 @@ QUICK = {
     "rules/test_integers.py": 7,
     "rules": 40,
     "sparsity": 14,
+    "state": 6,
     "training": 30,
 }
 

@@ -15,8 +15,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from .blackbox import box_of
 from .graph.graph import Graph
 from .graph.ops import HALF_TO_FLOAT, is_random
+from .surroundings import BoxState
 
 aten = torch.ops.aten
 
@@ -63,8 +65,13 @@ def _draw(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     return pytree.tree_map(promote, node.target(*args, **kwargs))  # type: ignore[operator]
 
 
-def interpret(graph: Graph, inputs: Mapping[fx.Node, Any], *, exact: bool) -> dict[fx.Node, Any]:
-    """The value of every node. ``exact`` promotes all floating arithmetic to float64; else the model's own dtypes."""
+def interpret(
+    graph: Graph, inputs: Mapping[fx.Node, Any], *, exact: bool, boxes: dict[fx.Node, BoxState] | None = None
+) -> dict[fx.Node, Any]:
+    """The value of every node. ``exact`` promotes all floating arithmetic to float64; else the model's own dtypes.
+
+    ``boxes`` takes on the state from which every black box was called.
+    """
     values: dict[fx.Node, Any] = {}
     with torch.no_grad(), no_autocast(exact):
         for node in graph.graph.nodes:
@@ -72,6 +79,8 @@ def interpret(graph: Graph, inputs: Mapping[fx.Node, Any], *, exact: bool) -> di
                 value = inputs.get(node)
                 values[node] = pytree.tree_map(promote, value) if exact else value
             elif node.op == "call_function":
+                if boxes is not None and node.target is torch.ops.deepzero.blackbox.default:
+                    boxes[node] = BoxState(box_of(node.args[0]))
                 if exact and is_random(node):
                     values[node] = _draw(node, values)
                     continue
@@ -84,6 +93,19 @@ def interpret(graph: Graph, inputs: Mapping[fx.Node, Any], *, exact: bool) -> di
                 target = torch.reshape if node.target is aten.view.default else node.target
                 values[node] = target(*args, **kwargs)
     return values
+
+
+def settle_sizes(graph: Graph, values: Mapping[fx.Node, Any]) -> None:
+    """Sizes that tracing left open, because they follow from values (``x[x > 0]``), become those of this base pass.
+
+    Plans read them to choose blocks and kernels; rules read the values themselves.
+    """
+    for node in graph.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool):
+            node.meta["val"] = values[node]
+        elif isinstance(val, Tensor) and any(isinstance(size, torch.SymInt) for size in val.shape):
+            node.meta["val"] = torch.empty(values[node].shape, dtype=val.dtype, device="meta")
 
 
 class Layouts:
@@ -123,9 +145,16 @@ class Layouts:
 class Base:
     """Values of the base pass, by node, in float64 (:meth:`exact`) and in the query dtype (:meth:`low`)."""
 
-    def __init__(self, graph: Graph, values: dict[fx.Node, Any], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        values: dict[fx.Node, Any],
+        dtype: torch.dtype,
+        boxes: Mapping[fx.Node, BoxState] | None = None,
+    ) -> None:
         self.graph = graph
         self.dtype = dtype
+        self.boxes = dict(boxes or {})
         self._exact = values
         self._low: dict[fx.Node, Tensor] = {}
         self._planes: dict[fx.Node, Layouts] = {}

@@ -5,16 +5,12 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import ObjectiveError
-
-if TYPE_CHECKING:
-    pass
-
 
 _boxes: weakref.WeakValueDictionary[int, BlackBox] = weakref.WeakValueDictionary()
 _handles = itertools.count()
@@ -57,10 +53,19 @@ class BlackBox:
 
     def evaluate(self, inputs: list[Tensor]) -> Tensor:
         """One call of the wrapped function, in the dtype it asked for; the result in float64."""
-        given = [t.detach().to(self.dtype) if t.is_floating_point() else t.detach() for t in inputs]
-        out = torch.as_tensor(self.function(*given), device=inputs[0].device).detach()
-        self.calls += 1
+        given = [t.detach().to(self.dtype if t.is_floating_point() else t.dtype, copy=True) for t in inputs]
+        self.calls += 1  # also of one that fails: it may have been paid for
         self.rows += len(inputs[0]) if self.batched and inputs[0].dim() else 1
+        result = self.function(*given)
+        try:
+            out = torch.as_tensor(result, device=inputs[0].device).detach()
+        except (TypeError, ValueError, RuntimeError):
+            raise ObjectiveError(
+                f"black box {self.__name__!r} returned {type(result).__name__}. It must return one tensor, array or "
+                "number."
+            ) from None
+        if out.is_complex():
+            raise ObjectiveError(f"black box {self.__name__!r} returned {out.dtype}. It must return real numbers.")
         if self.batched and (out.dim() == 0 or len(out) != len(inputs[0])):
             raise ObjectiveError(
                 f"black box {self.__name__!r} was given {len(inputs[0])} rows and returned shape {list(out.shape)}. "
@@ -68,6 +73,11 @@ class BlackBox:
                 "other."
             )
         return out.double()
+
+
+def box_of(handle: Any) -> BlackBox:
+    """The box of a node's first argument."""
+    return _boxes[handle]
 
 
 @torch.library.impl(_library, "blackbox", "CompositeExplicitAutograd")
@@ -98,8 +108,9 @@ def blackbox(
 ) -> Any:
     """Wrap any Python callable for use inside a model or an objective. Also a decorator.
 
-    function(*tensors)  receives detached tensors and returns one tensor, array or number. It must be deterministic
-                        and must not modify its inputs
+    function(*tensors)  receives tensors of its own, which it may write, and returns one tensor, array or number. What
+                        it draws from global generators, or from generators that it closes over, is the same in every
+                        query of a step
     batched             True promises that rows are independent: a stack of rows in, the stack of results out. All
                         perturbations of a block are then handed over as one call; otherwise one call each
     dtype               floating inputs are converted to it. float64 keeps differences exact; a box that computes in

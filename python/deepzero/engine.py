@@ -17,11 +17,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedParameter
 
-from .base_pass import Base, interpret
+from .base_pass import Base, interpret, settle_sizes
 from .carriers import Carrier, Dense, OneEntry
 from .device import Device, device_for
-from .errors import CaptureError, DeviceError, ObjectiveError
+from .errors import CaptureError, DeviceError, ObjectiveError, users_level
 from .evaluator import Evaluator, Whole, quotient
 from .execute.pieces import in_pieces
 from .execute.replay import Replayer
@@ -30,9 +31,19 @@ from .fusion import Pattern, Step, patterns_for, schedule
 from .graph.bound import Bound
 from .graph.cache import Cache
 from .graph.graph import Graph
-from .objective import Mask, Objective, check_finite, check_loss, selected
+from .objective import Mask, Objective, check_finite, check_loss, check_parameters, selected
 from .plan import Route, budget, peak_bytes, reach, route
-from .state import cloned_buffers, model_kept, one_thread, random_state, random_state_kept, set_random_state
+from .state import (
+    cloned_buffers,
+    model_kept,
+    one_thread,
+    parameter_of,
+    random_state,
+    random_state_kept,
+    set_random_state,
+    uninterrupted,
+)
+from .surroundings import CLONED, BoxState, Left, Surroundings
 
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "float32": (torch.float32, torch.float32),
@@ -51,6 +62,7 @@ class Prepared:
     reason    why it cannot, or ""
     buffers   what the ordinary forward call left in the buffers
     random    what it left in the random generators
+    left      what it left elsewhere, in attributes and in what the objective closes over
     capture_seconds  spent tracing, 0 when the graph was known
     """
 
@@ -59,6 +71,7 @@ class Prepared:
     reason: str
     buffers: dict[str, Tensor]
     random: tuple[Any, ...]
+    left: Left
     capture_seconds: float
 
     @property
@@ -109,42 +122,62 @@ class Engine:
 
     # --- the start of every estimate
 
+    def initialise(self, batch: Any) -> None:
+        """Lazy parameters get their shapes and values from one ordinary call, as they would in a training loop."""
+        if any(isinstance(p, UninitializedParameter) for p in self.model.parameters()):
+            with torch.no_grad():
+                self.objective(self.model, batch)
+
     @contextmanager
     def prepared(self, batch: Any) -> Iterator[Prepared]:
         """Run the base loss and the base pass; the global random state is back as it was on exit."""
         self._settle()
         with random_state_kept() as start:
-            bound = Bound(self.model, self.objective, batch)
-            buffers = cloned_buffers(self.model)
-            named = {f"model.{name}": value for name, value in buffers.items()}
-            for name, value in self._elsewhere.items():
-                named[f"model.{name}"] = value.to(self.model.get_parameter(name).dtype)
-            with torch.no_grad(), one_thread(), model_kept(self.model) as written:
-                try:
-                    result = torch.func.functional_call(bound, named, tuple(bound.tensors))
-                except RuntimeError as error:
-                    _check_places(bound, error)
-                    raise
-            if written:
-                raise ObjectiveError(
-                    f"the forward pass writes the parameter {written[0]!r} in place (nn.Embedding with max_norm does), "
-                    "so the loss is no function of the weights. Apply such a step to the weights after the optimizer's."
-                )
-            loss = check_loss(result)
-            after = random_state()
-            moved = {name: named[f"model.{name}"] for name in buffers}
-            began = time.perf_counter()
-            known = bound in self.cache
-            graph, reason = self.cache.get(bound)
-            if graph is None:
-                whole = self._run_whole(bound, start, reason)
-                yield Prepared(loss, whole, reason, moved, after, 0.0)
-                return
-            base = self._base_pass(bound, graph, loss, start, known=known)
-            if self.replayer is not None:
-                base = self.replayer.hold(base, self.cache.graphs())
-            seconds = 0.0 if known else time.perf_counter() - began
-            yield Prepared(loss, Captured(self, base), "", moved, after, seconds)
+            surroundings = Surroundings(self.model, self.objective)
+            bound = Bound(self.model, self.objective, batch, surroundings.others)
+            try:
+                yield self._prepare(bound, surroundings, start)
+            finally:
+                with uninterrupted():
+                    surroundings.restore()
+
+    def _prepare(self, bound: Bound, surroundings: Surroundings, start: tuple[Any, ...]) -> Prepared:
+        buffers = cloned_buffers(self.model)
+        named = {f"model.{name}": value for name, value in buffers.items()}
+        for name, value in self._elsewhere.items():
+            named[f"model.{name}"] = value.to(parameter_of(self.model, name).dtype)
+        with torch.no_grad(), one_thread(), model_kept(self.model) as written:
+            try:
+                result = bound.call(named, bound.copies())
+            except RuntimeError as error:
+                _check_places(bound, error)
+                raise
+        if written:
+            raise ObjectiveError(
+                f"the forward pass writes the parameter {written[0]!r} in place (nn.Embedding with max_norm does), "
+                "so the loss is no function of the weights. Apply such a step to the weights after the optimizer's."
+            )
+        if lost := surroundings.lost():
+            raise ObjectiveError(
+                f"a call changes {lost[0]}, a tensor of more than {CLONED >> 20} MiB that is neither a parameter nor a "
+                "buffer of the model, so no query could start from the same state. Make it a buffer of the model."
+            )
+        loss = check_loss(result)
+        after, left = random_state(), surroundings.taken()
+        surroundings.restore()
+        moved = {name: named[f"model.{name}"] for name in buffers}
+        began = time.perf_counter()
+        known = bound in self.cache
+        graph, reason = self.cache.get(bound)
+        surroundings.restore()
+        if graph is None:
+            whole = self._run_whole(bound, start, reason, surroundings)
+            return Prepared(loss, whole, reason, moved, after, left, 0.0)
+        base = self._base_pass(bound, graph, loss, start, surroundings, known=known)
+        if self.replayer is not None:
+            base = self.replayer.hold(base, self.cache.graphs())
+        seconds = 0.0 if known else time.perf_counter() - began
+        return Prepared(loss, Captured(self, base), "", moved, after, left, seconds)
 
     def _settle(self) -> None:
         """See where the parameters lie and what that device can do; a model on several devices is not replayed."""
@@ -177,13 +210,24 @@ class Engine:
         inputs |= dict(zip(graph.batch, bound.tensors, strict=True))
         return inputs
 
-    def _base_pass(self, bound: Bound, graph: Graph, loss: float, start: tuple[Any, ...], *, known: bool) -> Base:
+    def _base_pass(
+        self,
+        bound: Bound,
+        graph: Graph,
+        loss: float,
+        start: tuple[Any, ...],
+        surroundings: Surroundings,
+        *,
+        known: bool,
+    ) -> Base:
         """The float64 base pass, checked against the ordinary forward call; one recapture when they disagree."""
         for attempt in range(2):
             set_random_state(start)
             with one_thread():
-                values = interpret(graph, self._inputs(bound, graph), exact=True)
-            base = Base(graph, values, self.dtype)
+                boxes: dict[fx.Node, BoxState] = {}
+                values = interpret(graph, self._inputs(bound, graph), exact=True, boxes=boxes)
+            settle_sizes(graph, values)
+            base = Base(graph, values, self.dtype, boxes)
             # a graph from the cache must match closely; one captured a moment ago may differ by its own rounding
             least, single = torch.finfo(_loss_dtype(graph)).eps, torch.finfo(torch.float32).eps
             close = max(2 * least, 64 * single) * abs(loss)
@@ -197,6 +241,7 @@ class Engine:
                 return base
             if attempt == 0:
                 fresh, reason = self.cache.get(bound, fresh=True)
+                surroundings.restore()
                 if fresh is None:
                     raise CaptureError(f"the model could be captured before and cannot be now: {reason}")
                 graph = fresh
@@ -207,25 +252,29 @@ class Engine:
             "of a closed-over tensor): pass it in through the batch, or make it a buffer."
         )
 
-    def _run_whole(self, bound: Bound, start: tuple[Any, ...], reason: str) -> Whole:
+    def _run_whole(self, bound: Bound, start: tuple[Any, ...], reason: str, surroundings: Surroundings) -> Whole:
         if self.strict:
             raise CaptureError(f"strict=True, and the model cannot be captured: {reason}")
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(
-                f"the model cannot be captured as a graph and runs whole, one full forward pass a query: {reason}",
-                stacklevel=5,
-            )
-        return Whole(bound, start, self._elsewhere)
+        self.warn_once(
+            f"the model cannot be captured as a graph and runs whole, one full forward pass a query: {reason}"
+        )
+        return Whole(bound, start, self._elsewhere, surroundings)
+
+    def warn_once(self, text: str) -> None:
+        """Warn at the line of the user's own code that is running."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=users_level())
 
     def selected(self, mask: Mask | None) -> dict[str, Tensor]:
         """Parameter name -> [n, rank] int64 coordinates in order. Raises :class:`MaskError` before any work."""
+        check_parameters(self.model)
         return {name: chosen.nonzero() for name, chosen in selected(self.model, mask).items()}
 
     def route(self, graph: Graph, name: str) -> Route:
         known = self._routes.setdefault(graph, {})
         if name not in known:
-            shape = self.model.get_parameter(name).shape
+            shape = parameter_of(self.model, name).shape
             known[name] = route(
                 graph, name, shape, self.block, self.operands.itemsize, self._device, patterns=self._patterns()
             )
@@ -266,6 +315,10 @@ class Captured:
     def __init__(self, engine: Engine, base: Base) -> None:
         self.engine = engine
         self.base = base
+
+    def reaches(self, names: Sequence[str]) -> bool:
+        graph = self.base.graph
+        return bool(reach(graph, names)) or any(graph.loss in graph.placeholders(name) for name in names)
 
     def check_step(self, name: str, where: Tensor, step: float) -> None:
         """No step is lost: weights are never written."""
@@ -313,7 +366,7 @@ class Captured:
         if engine.block is not None:
             return engine.block
         starts = [node for name in names for node in graph.placeholders(name)]
-        weights = 4 * sum(engine.model.get_parameter(name).numel() for name in names)
+        weights = 4 * sum(parameter_of(engine.model, name).numel() for name in names)
         need = 3 * weights + peak_bytes(engine.joint_steps(graph, names), starts, dense=True)
         return max(1, min(at_most, engine.budget() // need))
 

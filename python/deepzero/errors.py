@@ -1,4 +1,4 @@
-"""The exception family of deepzero, and the hint that its messages give for a misspelt name.
+"""The exceptions of deepzero, the hint for a misspelt name, and the line that a warning points at.
 
 Every error says what was being done, what was expected, what came, and what to do about it. Each class also
 derives from the built-in exception that a caller would expect, so ``except ValueError`` keeps working.
@@ -7,6 +7,7 @@ derives from the built-in exception that a caller would expect, so ``except Valu
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -62,3 +63,11 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else otherwise
     return f" {hint}" if hint else ""
+
+
+def users_level() -> int:
+    """The ``stacklevel`` at which a warning of the calling function points at the user's line, outside of deepzero."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("deepzero", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level

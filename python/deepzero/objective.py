@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import MaskError, ObjectiveError, did_you_mean
+from .errors import DeviceError, MaskError, ObjectiveError, did_you_mean
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """``objective(model, batch)`` returns the loss: a tensor with one element. ``batch`` is any pytree of tensors."""
@@ -42,6 +42,22 @@ def check_finite(value: float, where: str) -> float:
             "Check the batch and the weights for nan/inf, or lower the learning rate or mu."
         )
     return value
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise :class:`DeviceError` for parameters without values, :class:`MaskError` for complex ones to be trained."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise DeviceError(
+                f"the parameter {name!r} is on the meta device and has no values. Give the model some first: "
+                "model.to_empty(device=...) and its own initialisation or load_state_dict."
+            )
+        if parameter.is_complex() and parameter.requires_grad:
+            raise MaskError(
+                f"the parameter {name!r} has dtype {parameter.dtype}, and a coordinate is one real number. Keep its "
+                "real and imaginary parts as a real parameter of shape [..., 2] and use torch.view_as_complex in "
+                "forward, or call .requires_grad_(False) on it."
+            )
 
 
 def selected(model: nn.Module, mask: Mask | None) -> dict[str, Tensor]:

@@ -75,11 +75,18 @@ def random_state_kept() -> Iterator[tuple[Any, ...]]:
             set_random_state(state)
 
 
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
+    """``model.get_parameter(name)``, which TorchScript modules do not have."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return dict(model.named_parameters())[name]
+    return model.get_parameter(name)
+
+
 @contextlib.contextmanager
 def model_kept(model: nn.Module) -> Iterator[list[str]]:
     """Parameters and buffer slots that the code inside writes are put back; the list names the written parameters."""
     parameters = {name: (p, p._version, p.detach().clone()) for name, p in model.named_parameters()}
-    slots = [(module, dict(module._buffers)) for module in model.modules()]
+    slots = [(m, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     written: list[str] = []
     try:
         yield written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -184,14 +185,29 @@ def test_an_irrelevant_counter_does_not_recapture_for_ever(monkeypatch: pytest.M
 
 
 def test_a_changing_function_that_cannot_be_followed_is_refused() -> None:
-    hidden = {"scale": 1.0}  # a dict is not followed; the comparison of losses sees it
+    scales = itertools.count(1)  # an iterator is not followed; the comparison of losses sees it
+
+    def drifting(model: nn.Module, b: Any) -> Tensor:
+        return next(scales) * objective(model, b)
+
+    with pytest.raises(ObjectiveError, match="the captured graph gives a loss of"):
+        CGE(mlp(), drifting).estimate(batch())
+
+
+def test_a_changing_function_that_can_be_followed_starts_from_one_state() -> None:
+    hidden = {"scale": 1.0}
 
     def drifting(model: nn.Module, b: Any) -> Tensor:
         hidden["scale"] *= 1.5
         return hidden["scale"] * objective(model, b)
 
-    with pytest.raises(ObjectiveError, match="the captured graph gives a loss of"):
-        CGE(mlp(), drifting).estimate(batch())
+    model = mlp()
+    ours, plain = CGE(model, drifting), CGE(model, lambda m, b: 1.5 * objective(m, b))
+    found, wanted = ours.estimate(batch()).grads, plain.estimate(batch()).grads
+    assert hidden["scale"] == 1.0
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-5, atol=1e-7) for name in wanted)
+    ours.backward(batch())
+    assert hidden["scale"] == 1.5
 
 
 def test_a_hidden_change_recaptures() -> None:

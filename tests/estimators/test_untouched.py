@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 import random
 import signal
@@ -126,19 +127,19 @@ def test_backward_accumulates(build: Callable[..., Estimator]) -> None:
 
 
 class Failing(nn.Module):
-    """Raises at the n-th forward; moves a buffer and the random state first."""
+    """Raises at the n-th forward; moves a buffer and the random state first. An estimate puts no iterator back."""
 
     def __init__(self, error: BaseException, at: int) -> None:
         super().__init__()
         self.inner = network()
-        self.error, self.at, self.calls = error, at, 0
+        self.error, self.at, self.calls = error, at, itertools.count(1)
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        call = next(self.calls)
         self.count += 1
         out = self.inner(x)
-        if self.calls >= self.at:
+        if call >= self.at:
             raise self.error
         return out
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Engine, Prepared
-from ..errors import StepError
+from ..errors import ObjectiveError, StepError
 from ..evaluator import Evaluator, quotient
 from ..execute.pieces import in_pieces
 from ..objective import Mask, Objective, check_finite
-from ..state import set_random_state, uninterrupted, write_buffers
+from ..state import parameter_of, set_random_state, uninterrupted, write_buffers
+from ..surroundings import give
 from .directions import Directions
 from .interface import Estimate, Estimator, StepResult, accumulate
 from .options import SCHEMES, check_mu, check_scheme, spelled_out
@@ -108,7 +109,7 @@ class EngineEstimator(Estimator):
     ) -> dict[str, Tensor]:
         """The mean of quotient times direction over the directions of draw ``number``, which move what is selected."""
         self._check_steps(evaluator, selected)
-        device = self.model.get_parameter(next(iter(selected))).device
+        device = parameter_of(self.model, next(iter(selected))).device
         sizes = [len(where) for where in selected.values()]
         total = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         block = evaluator.directions_at_once(list(selected), directions.count)
@@ -135,7 +136,7 @@ class EngineEstimator(Estimator):
         parts = u.split([len(where) for where in selected.values()], dim=1)
         moved = {}
         for (name, where), part in zip(selected.items(), parts, strict=True):
-            shape = self.model.get_parameter(name).shape
+            shape = parameter_of(self.model, name).shape
             steps = (step * part).to(self.engine.dtype)
             if len(where) == shape.numel():  # every coordinate, in order
                 moved[name] = steps.reshape(len(u), *shape)
@@ -151,16 +152,30 @@ class EngineEstimator(Estimator):
                 evaluator.check_step(name, where, sign * self.mu)
 
     def _empty_grads(self, selected: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(self.model.get_parameter(name), requires_grad=False) for name in selected}
+        return {name: torch.zeros_like(parameter_of(self.model, name), requires_grad=False) for name in selected}
 
     # --- the transaction
 
     def _work(self, batch: Any, mask: Mask | None) -> tuple[Prepared, dict[str, Tensor], int]:
+        self.engine.initialise(batch)
         selected = self.engine.selected(mask)
         queries = 1 + len(self.signs) * self.moves(selected)
         self._spend(queries)
-        with self.engine.prepared(batch) as ready:
-            return ready, self.gradients(ready.evaluator, selected), queries
+        with torch.inference_mode(False), self.engine.prepared(batch) as ready:
+            if not ready.evaluator.reaches(list(selected)):
+                raise ObjectiveError(
+                    "the loss does not depend on any parameter that the mask selects, so its gradient is zero. The "
+                    "objective has to use the model that it is given, as objective(model, batch), and not another one "
+                    "or a copy of its weights."
+                )
+            grads = self.gradients(ready.evaluator, selected)
+        if not any(bool(grad.any()) for grad in grads.values()):
+            self.engine.warn_once(
+                f"none of {queries - 1:,} queries saw the loss change, so the gradient is zero: at mu = {self.mu:g} "
+                "the loss looks constant. Where it is piecewise constant (rounding, thresholds, counts), a larger mu "
+                "sees its steps: deepzero.report.check.check tries several and suggests one."
+            )
+        return ready, grads, queries
 
     def estimate(self, batch: Any, mask: Mask | None = None) -> Estimate:
         ready, grads, queries = self._work(batch, mask)
@@ -173,6 +188,7 @@ class EngineEstimator(Estimator):
             self.remember(grads)
             write_buffers(self.model, ready.buffers)
             set_random_state(ready.random)
+            give(ready.left)
             accumulate(self.model, grads)
             self._done(queries)
         return StepResult(ready.loss, queries)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..evaluator import Evaluator
 from ..objective import Objective, selected
+from ..state import parameter_of
 from .directions import Directions
 from .engine_estimator import EngineEstimator
 from .options import Options
@@ -41,7 +42,7 @@ class LayerwiseRGE(EngineEstimator):
     ) -> None:
         super().__init__(model, objective, **options)
         names = list(selected(model, None))
-        vectors = [name for name in names if model.get_parameter(name).dim() < 2]
+        vectors = [name for name in names if parameter_of(model, name).dim() < 2]
         self.layers = [[name] for name in names if name not in vectors] + ([vectors] if vectors else [])
         if not isinstance(queries, int) or queries < len(self.layers):
             raise ValueError(

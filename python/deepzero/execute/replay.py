@@ -34,7 +34,9 @@ class HeldBase(Base):
     """Values of the base pass at addresses that stay: :meth:`refresh` writes the next step's into the same tensors."""
 
     def __init__(self, base: Base, where: torch.device) -> None:
-        super().__init__(base.graph, {node: _owned(value) for node, value in base._exact.items()}, base.dtype)
+        super().__init__(
+            base.graph, {node: _owned(value) for node, value in base._exact.items()}, base.dtype, base.boxes
+        )
         self.where = where
         self._makers: dict[tuple[fx.Node, str], Callable[[], Any]] = {}
 
@@ -44,6 +46,7 @@ class HeldBase(Base):
 
     def refresh(self, base: Base) -> bool:
         """Take over the values of another step. False if a form or a Python number changed: then all starts anew."""
+        self.boxes = base.boxes
         if not all(self._write(old, base._exact[node]) for node, old in self._exact.items()):
             return False
         # what is saved from something saved was finished after it, so it comes after it here

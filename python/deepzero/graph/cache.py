@@ -31,7 +31,7 @@ def key_of(bound: Bound) -> tuple[Any, ...]:
     model = bound.model
     tensors = tuple((tuple(t.shape), t.dtype, t.device) for t in bound.tensors)
     others = tuple(_hashable(leaf) for leaf in bound._leaves if not isinstance(leaf, Tensor))
-    modes = tuple(module.training for module in model.modules())
+    modes = tuple(module.training for module in bound.modules())
     state = tuple(
         (name, id(t), tuple(t.shape), t.dtype, t.device) for name, t in model.named_parameters(remove_duplicate=False)
     )

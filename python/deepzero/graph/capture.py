@@ -68,6 +68,8 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
     """Tracing may leave stand-in tensors in plain attributes (nn.LSTM keeps a list of its weights): put them back."""
     saved = []
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         plain = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
         lists = {k: list(v) for k, v in plain.items() if isinstance(v, list)}
         saved.append((module, plain, lists, dict(module._buffers)))
@@ -84,6 +86,17 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
                 vars(module)[key][:] = items
 
 
+def _without_effects(graph: fx.Graph) -> None:
+    """Take out checks that only raise (torch.linalg's for singular matrices): the ordinary call has made them."""
+    for node in reversed(list(graph.nodes)):
+        if node.target is not torch.ops.higher_order.with_effects or any(user.args[1] != 0 for user in node.users):
+            continue
+        for token in list(node.users):
+            token.replace_all_uses_with(node.args[0])
+            graph.erase_node(token)
+        graph.erase_node(node)
+
+
 def capture(bound: Bound) -> Graph:
     """Trace ``bound``. Raises :class:`CaptureError` with the reason when it cannot be traced."""
     model = bound.model
@@ -91,27 +104,37 @@ def capture(bound: Bound) -> Graph:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # export comments on its own internals
             with _plain_forms(), _attributes_restored(model):
-                program = torch.export.export(bound, tuple(bound.tensors), strict=False)
+                program = torch.export.export(bound, bound.copies(), strict=False)
                 program = _decomposed(program)
+                _without_effects(program.graph)
     except Exception as error:  # whatever stops the tracer is the reason we report
         reason = str(error).strip().splitlines()
         raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
 
     for node in program.graph.nodes:
-        if any(isinstance(v, Tensor) and v.is_complex() for v in pytree.tree_leaves(node.meta.get("val"))):
-            raise CaptureError("the graph holds complex values, whose differences have no rules")
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and value.is_complex():
+                raise CaptureError("the graph holds complex values, whose differences have no rules")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     buffers_by_id = {id(buffer): name for name, buffer in model.named_buffers()}
     nodes = {node.name: node for node in program.graph.nodes}
     parameters, buffers, constants, batch = {}, {}, {}, []
     for spec in program.graph_signature.input_specs:
         node = nodes.get(spec.arg.name)
-        if node is None:
+        if node is None or spec.kind is InputKind.TOKEN:
             continue
         if spec.kind is InputKind.PARAMETER:
-            parameters[node] = names[id(bound.get_parameter(str(spec.target)))]
+            parameter = bound.get_parameter(str(spec.target))
+            if id(parameter) in names:
+                parameters[node] = names[id(parameter)]
+            else:
+                constants[node] = parameter.detach()
         elif spec.kind is InputKind.BUFFER:
-            buffers[node] = buffers_by_id[id(bound.get_buffer(str(spec.target)))]
+            buffer = bound.get_buffer(str(spec.target))
+            if id(buffer) in buffers_by_id:
+                buffers[node] = buffers_by_id[id(buffer)]
+            else:
+                constants[node] = buffer
         elif spec.kind is InputKind.USER_INPUT:
             batch.append(node)
         else:

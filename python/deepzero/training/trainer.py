@@ -82,6 +82,11 @@ class Trainer:
     ) -> None:
         if momentum not in ("dense", "masked"):
             raise ValueError(f"momentum must be 'dense' or 'masked', got {momentum!r}")
+        if estimator.model is not model:
+            raise ValueError(
+                "the estimator is of another model than the one to be trained, whose weights would never get a "
+                f"gradient. Make it of this one: {type(estimator).__name__}(model, objective, ...)."
+            )
         self.model, self.estimator, self.optimizer, self.loader = model, estimator, optimizer, loader
         self.epochs, self.scheduler, self.masks, self.momentum = epochs, scheduler, masks, momentum
         self.evaluate, self.monitor = evaluate, monitor
