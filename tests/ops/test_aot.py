@@ -14,7 +14,10 @@ import pytest
 import dzkernels
 from dzkernels import backends
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.timeout(900),
+]
 
 SCRIPT = Path(__file__).with_name("aot_triton.py")
 
@@ -23,7 +26,7 @@ def run(cache: Path, *args: str) -> subprocess.CompletedProcess[str]:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environ |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
     return subprocess.run(
-        [sys.executable, *args], env=environ, capture_output=True, text=True, timeout=290, check=False
+        [sys.executable, *args], env=environ, capture_output=True, text=True, timeout=840, check=False
     )
 
 
