@@ -6,6 +6,8 @@ are all plain PyTorch; the difference is one query. Both counts are linear in th
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +19,10 @@ from torch.utils.flop_counter import flop_registry
 import dzkernels
 from deepzero import CGE
 from deepzero.carriers import Dense, OneChannel, OneEntry
-from deepzero.fusion import PATTERNS, Step
-from deepzero.graph.nodes import UPDATING
-from deepzero.plan import VIEWS, route
+from deepzero.fusion import PATTERNS, schedule
+from deepzero.fusion.convolution import CONVOLUTION_NORM
+from deepzero.graph.nodes import UPDATING, aten
+from deepzero.plan.route import reach
 
 from .cases import MU, Case, Work, build, objective
 
@@ -91,8 +94,9 @@ def planned(work: Work, *, fused: bool) -> float:
             where = chosen.nonzero()[:1]
             if len(where):
                 shape, share = tuple(chosen.shape), int(chosen.sum()) / case.count
-                patterns = [p for p in PATTERNS if not p.encloses or (fused and not p.single_channel)]
-                steps = route(ready.base.graph, name, shape, 1, 2, None, patterns=patterns).steps
+                patterns = [p for p in PATTERNS if not p.encloses or (fused and p is not CONVOLUTION_NORM)]
+                graph = ready.base.graph
+                steps = schedule(reach(graph, [name]), graph.loss, patterns)
                 moved = _Moved()
                 seed = {name: OneEntry(shape, where, torch.full((1,), MU))}
                 engine.run(ready.base, steps, seed, 1, moved)
@@ -101,23 +105,23 @@ def planned(work: Work, *, fused: bool) -> float:
 
 
 class _Moved:
-    """Adds up what the steps of a block move; called as ``observe(step, carrier, fused)``."""
+    """Adds up what the steps of a block move; called as ``observe(nodes, kernel, carrier)``."""
 
     def __init__(self) -> None:
         self.bytes = 0
         self._sizes: dict[fx.Node, int] = {}
         self._summed: set[fx.Node] = set()  # convolutions that left the moments of the next norm
 
-    def __call__(self, step: Step, carrier: Any, fused: bool) -> None:
-        out, first = step.nodes[-1], step.nodes[0]
+    def __call__(self, nodes: Sequence[fx.Node], kernel: str, carrier: Any) -> None:
+        out, first = nodes[-1], nodes[0]
         self._sizes[out] = size = carrier.values.nbytes if isinstance(carrier, Dense | OneChannel) else 0
-        if first.target in VIEWS:
+        if first.target in (operator.getitem, aten.clone.default) or getattr(first.target, "is_view", False):
             return
-        sources = {n for node in step.nodes for n in node.all_input_nodes} - set(step.nodes)
+        sources = {n for node in nodes for n in node.all_input_nodes} - set(nodes)
         self.bytes += size + sum(self._sizes.get(n, 0) for n in sources)
         if first.target in UPDATING and first.args[5] and first.args[0] not in self._summed:
             self.bytes += self._sizes.get(first.args[0], 0)  # type: ignore[arg-type]
-        if fused and step.kernel.endswith("+moments"):
+        if kernel.endswith("+moments"):
             self._summed.add(out)
 
 

@@ -32,6 +32,7 @@ QUICK = {
     "exactness": 60,
     "fusion": 4,
     "models": 4,
+    "plan": 8,
     "ops/test_cases.py": 25,
     "ops/test_aot.py": 0,
     "ops/test_aot_cuda.py": 0,

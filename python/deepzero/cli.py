@@ -156,11 +156,13 @@ def plan(
     model: ModelName = None,
     objective: ObjectiveName = None,
     batch: BatchName = None,
+    steps: Annotated[bool, typer.Option("--steps", help="Also print what runs, step by step.")] = False,
 ) -> None:
     """Print how a model's coordinates would be estimated, and what one costs."""
     with _exit_codes():
         estimator, sample = _subject(config, overrides, model, objective, batch)
-        typer.echo(str(estimator.plan(sample)))
+        plan = estimator.plan(sample)
+        typer.echo(f"{plan.steps()}\n{plan}" if steps else str(plan))
 
 
 @app.command()

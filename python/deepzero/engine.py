@@ -11,9 +11,8 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,14 +24,16 @@ from .device import Device, device_for
 from .errors import CaptureError, DeviceError, ObjectiveError, users_level
 from .evaluator import Evaluator, Whole, quotient
 from .execute.pieces import in_pieces
+from .execute.planner import Planner
 from .execute.replay import Replayer
 from .execute.run_block import run_block
-from .fusion import Pattern, Step, patterns_for, schedule
+from .fusion import Step
 from .graph.bound import Bound
 from .graph.cache import Cache
 from .graph.graph import Graph
 from .objective import Mask, Objective, check_finite, check_loss, check_parameters, selected
-from .plan import Route, budget, peak_bytes, reach, route
+from .plan.memory import budget
+from .plan.route import reach
 from .state import (
     cloned_buffers,
     model_kept,
@@ -101,8 +102,7 @@ class Engine:
         self.strict = strict
         self.block = block
         self.cache = Cache()
-        self._routes: WeakKeyDictionary[Graph, dict[str, Route]] = WeakKeyDictionary()
-        self._joint: WeakKeyDictionary[Graph, dict[tuple[str, ...], tuple[Step, ...]]] = WeakKeyDictionary()
+        self.planner = Planner(model, self.dtype, self.operands, block)
         self._warned: set[str] = set()
         self._elsewhere: dict[str, Tensor] = {}
         self._device: Device | None = None
@@ -185,6 +185,7 @@ class Engine:
         where = places.pop() if len(places) == 1 else torch.device("cpu")
         if self._device is None or self._device.where != where:
             self._device, self.replayer = device_for(where), None
+            self.planner.device = self._device
         if self._device is None:
             return
         if self.operands is torch.bfloat16 and not self._device.bfloat16():
@@ -271,28 +272,6 @@ class Engine:
         check_parameters(self.model)
         return {name: chosen.nonzero() for name, chosen in selected(self.model, mask).items()}
 
-    def route(self, graph: Graph, name: str) -> Route:
-        known = self._routes.setdefault(graph, {})
-        if name not in known:
-            shape = parameter_of(self.model, name).shape
-            known[name] = route(
-                graph, name, shape, self.block, self.operands.itemsize, self._device, patterns=self._patterns()
-            )
-        return known[name]
-
-    def joint_steps(self, graph: Graph, names: Sequence[str]) -> tuple[Step, ...]:
-        """The schedule of perturbations that move all of ``names`` at once."""
-        known = self._joint.setdefault(graph, {})
-        key = tuple(names)
-        if key not in known:
-            known.clear()  # masks may name other parameters at every step: keep the last one only
-            known[key] = schedule(reach(graph, names), graph.loss, self._patterns())
-        return known[key]
-
-    def _patterns(self) -> Sequence[Pattern]:
-        where = torch.device("cpu") if self._device is None else self._device.where
-        return patterns_for(where, self.dtype)
-
     # --- queries
 
     def run(
@@ -303,10 +282,6 @@ class Engine:
         return run_block(
             base, steps, seeds, count, operands=self.operands, strict=self.strict, warned=self._warned, observe=observe
         )
-
-    def keep_block(self, graph: Graph, name: str, block: int) -> None:
-        """Blocks of one parameter stay this small: the device has no memory for larger ones."""
-        self._routes[graph][name] = replace(self.route(graph, name), block=block)
 
 
 class Captured:
@@ -329,7 +304,7 @@ class Captured:
         Blocks get smaller, for good, when the device has no memory for one; :class:`DeviceError` when none is left.
         """
         engine, base = self.engine, self.base
-        route = engine.route(base.graph, name)
+        route = engine.planner.route(base, name)
 
         def run(start: int, stop: int) -> Tensor:
             part = where[start:stop]
@@ -340,7 +315,7 @@ class Captured:
 
         losses, fits = in_pieces(len(where), route.block, run, f"blocks of {name!r}")
         if fits < route.block:
-            engine.keep_block(base.graph, name, fits)
+            engine.planner.keep_block(base.graph, name, fits)
         return losses
 
     def coordinates(
@@ -348,7 +323,7 @@ class Captured:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Block by block."""
         graph = self.base.graph
-        route = self.engine.route(graph, name)
+        route = self.engine.planner.route(self.base, name)
         # the step a difference starts from is mu rounded to the query dtype; divide by that very number
         realised = float(torch.tensor(mu, dtype=self.engine.dtype))
         for part in where.split(route.block):
@@ -362,16 +337,15 @@ class Captured:
             yield part, quotients
 
     def directions_at_once(self, names: Sequence[str], at_most: int) -> int:
-        engine, graph = self.engine, self.base.graph
-        if engine.block is not None:
-            return engine.block
-        starts = [node for name in names for node in graph.placeholders(name)]
+        engine = self.engine
+        if engine.block is not None or at_most == 1:
+            return engine.block or 1
         weights = 4 * sum(parameter_of(engine.model, name).numel() for name in names)
-        need = 3 * weights + peak_bytes(engine.joint_steps(graph, names), starts, dense=True)
+        need = 3 * weights + engine.planner.joint_bytes(self.base, names)
         return max(1, min(at_most, engine.budget() // need))
 
     def along(self, moved: Mapping[str, Tensor]) -> Tensor:
-        steps = self.engine.joint_steps(self.base.graph, list(moved))
+        steps = self.engine.planner.joint_steps(self.base.graph, list(moved))
         seeds = {name: Dense(values) for name, values in moved.items()}
         return self.engine.run(self.base, steps, seeds, len(next(iter(moved.values()))))
 

@@ -259,6 +259,17 @@ def test_plan_of_the_configured_model():
     assert "0.weight" in found.output
 
 
+def test_plan_step_by_step(own):
+    found = invoke("plan", *own, "--steps")
+    assert found.exit_code == 0, found.output
+    head, *rest = found.output.splitlines()
+    assert head == "weight"
+    assert rest[0].split() == ["fused", "kernel", "or", "rule", "travels", "as", "bytes", "alive"]
+    assert rest[2].split() == ["rule", "aten.linear.default", "OneChannel", "16", "16"]  # 4 samples of one feature
+    assert "queries an estimate in" in found.output
+    assert "aten.linear.default" not in invoke("plan", *own).output
+
+
 OWN = """
 import torch
 def model():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         carrier = right(run, node)
         return type(carrier)(**{**vars(carrier), "values": carrier.values * 1.001})
 
-    monkeypatch.setitem(RULES, aten.tanh.default, wrong)
+    monkeypatch.setitem(RULES, aten.tanh.default, replace(right, function=wrong))
     report = check(model(), objective, batch())
     assert not report.ok
     assert [r.ok for r in report.rows] == [False, False, True, True]
@@ -162,7 +163,7 @@ def test_where_attention_has_no_kernel_the_linear_layers_around_it_are_taken(mon
     engine = CGE(net, lambda m, b: m(b).square().sum()).engine
     with engine.prepared(torch.randn(2, 3, 4, 4)) as ready:
         assert ready.base is not None
-        steps = engine.route(ready.base.graph, next(name for name, _ in net.named_parameters())).steps
+        steps = engine.planner.route(ready.base, next(name for name, _ in net.named_parameters())).steps
     fused = [step.kernel for step in steps if "linear" in step.kernel]
     block = ["layer_norm+linear", "linear+residual", "layer_norm+linear+gelu+linear+residual"]
     assert fused[:6] == 2 * block

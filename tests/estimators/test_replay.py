@@ -23,7 +23,7 @@ from deepzero.execute.pieces import in_pieces
 from deepzero.execute.run_block import run_block
 from deepzero.fusion import policy
 from deepzero.objective import Mask
-from deepzero.plan import FRACTION, MEMORY, MOST
+from deepzero.plan.memory import CPU_BUDGET, DEVICE_FRACTION, MAX_BLOCK
 from estimators.fake_device import FakeDevice, Tape
 from estimators.small import batch, network, objective
 from exactness.small import chain, cross_entropy, images
@@ -262,16 +262,16 @@ def test_blocks_fit_the_memory_of_the_device(device: FakeDevice) -> None:
         ours = dz.CGE(network().eval(), objective)
         with ours.engine.prepared(batch()) as ready:
             assert ready.base is not None
-            route = ours.engine.route(ready.base.graph, "0.weight")
+            route = ours.engine.planner.route(ready.base, "0.weight")
         return route.block, route.bytes
 
-    assert block(1 << 30)[0] == MOST
+    assert block(1 << 30)[0] == MAX_BLOCK
     for fits in (1, 2, 8, 64):
         need = block(1 << 30)[1]
-        assert block(int(fits * need / FRACTION))[0] == fits
-        assert block(int((2 * fits - 0.5) * need / FRACTION))[0] == fits  # powers of two
+        assert block(int(fits * need / DEVICE_FRACTION))[0] == fits
+        assert block(int((2 * fits - 0.5) * need / DEVICE_FRACTION))[0] == fits  # powers of two
     assert block(0)[0] == 1
-    assert dz.CGE(network(), objective).engine.budget() == MEMORY
+    assert dz.CGE(network(), objective).engine.budget() == CPU_BUDGET
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:

@@ -34,7 +34,7 @@ def kernels(model: nn.Module, data: tuple[Tensor, Tensor]) -> list[str]:
         first = next(name for name, _ in model.named_parameters())
         return [
             step.kernel
-            for step in engine.route(ready.base.graph, first).steps
+            for step in engine.planner.route(ready.base, first).steps
             if "conv" in step.kernel or "norm" in step.kernel
         ]
 
@@ -187,11 +187,11 @@ def test_memory_is_planned_for_what_runs() -> None:
         assert ready.base is not None
         graph = ready.base.graph
         names = [name for name, _ in model.named_parameters()]
-        first, last = (engine.route(graph, name) for name in ("0.weight", "6.weight"))
+        first, last = (engine.planner.route(ready.base, name) for name in ("0.weight", "6.weight"))
         # The convolution's values and the norm's temporary: 64 channels of 4 x 4 pixels of three images, two times.
         assert first.bytes >= 2 * 4 * 64 * 4 * 4 * 3
         assert last.bytes < 2 * 4 * 64 * 4 * 4 * 3
-        assert engine.joint_steps(graph, names)
+        assert engine.planner.joint_steps(graph, names)
 
 
 def test_on_a_cpu_a_wrong_norm_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def _steps(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[Step, ...]:
     engine = dz.CGE(model, cross_entropy).engine
     with engine.prepared(data) as ready:
         assert ready.base is not None
-        return engine.joint_steps(ready.base.graph, [name for name, _ in model.named_parameters()])
+        return engine.planner.joint_steps(ready.base.graph, [name for name, _ in model.named_parameters()])
 
 
 @pytest.mark.usefixtures("fused")

@@ -10,7 +10,7 @@ from torch import nn
 
 import deepzero as dz
 from deepzero.fusion import LAUNCHES, PATTERNS
-from deepzero.plan import Route
+from deepzero.plan.route import Route
 from exactness.small import chain, cross_entropy, images
 
 
@@ -18,7 +18,7 @@ def routes(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> dict[st
     engine = dz.CGE(model, cross_entropy).engine
     with engine.prepared(data) as ready:
         assert ready.base is not None
-        return {name: engine.route(ready.base.graph, name) for name, _ in model.named_parameters()}
+        return {name: engine.planner.route(ready.base, name) for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("make", [chain, dz.models.resnet20, dz.models.vit], ids=["chain", "resnet", "vit"])

@@ -17,7 +17,7 @@ from deepzero.fusion.linear import LinearRegion, MlpRegion
 from deepzero.fusion.norm import NormRegion
 from deepzero.fusion.region import ahead, closed, only_if
 from deepzero.graph.nodes import Convolution, ImageMean, Linear, Relu, Residual, SquarePool
-from deepzero.plan import reach
+from deepzero.plan.route import reach
 
 
 def nodes_of(model: nn.Module, *shape: int) -> list[fx.Node]:

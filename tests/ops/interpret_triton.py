@@ -104,7 +104,7 @@ def estimates() -> None:
                 with ours.engine.prepared(batch) as ready:
                     assert ready.base is not None
                     first = next(name for name, _ in model.named_parameters())
-                    found = [step.kernel for step in ours.engine.route(ready.base.graph, first).steps]
+                    found = [step.kernel for step in ours.engine.planner.route(ready.base, first).steps]
             for kernel in kernels:
                 assert kernel in found, f"{kernel} is not among {', '.join(filter(None, found))}"
             judge(got, wanted).check(tolerance(precision, 5e-3))

@@ -15,7 +15,7 @@ from deepzero.block import Block
 from deepzero.carriers import Carrier, OneChannel, OneEntry, Zero, dense
 from deepzero.errors import NoRuleError
 from deepzero.execute.run_block import follow
-from deepzero.plan import reach
+from deepzero.plan.route import reach
 from deepzero.rules import RULES, Rule
 from rules.subject import Subject
 

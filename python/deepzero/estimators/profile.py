@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import dzkernels
 
 from ..carriers import OneEntry, describe
 from ..engine import Captured
 from ..errors import MaskError
-from ..fusion import Step
+from ..plan.probe import Ran
 from ..rules.registry import missing_rules
 from ..text import aligned
 
@@ -29,6 +29,7 @@ class Line:
     flop       operations of torch's convolutions and products for one query
     seconds    of one query, timed on one block
     kernels    fused kernel or rule -> seconds of one query
+    ran        what each step did in the probing block
     fallbacks  ops without a rule
     """
 
@@ -42,6 +43,7 @@ class Line:
     bytes: int
     seconds: float
     kernels: dict[str, float]
+    ran: tuple[Ran, ...] = ()
     fallbacks: tuple[str, ...] = ()
 
 
@@ -82,6 +84,14 @@ class Plan:
                 "costs the same: use UniformRandom or LayerwiseRandom."
             )
         return {line.parameter: line.seconds for line in self.lines}
+
+    def steps(self) -> str:
+        """For each parameter what runs on the way to the loss, in order, and the bytes of one perturbation."""
+        text = []
+        for line in self.lines:
+            rows = [(r.what, r.carrier, f"{r.bytes:,}", f"{r.alive:,}") for r in line.ran]
+            text += [line.parameter, *aligned([("fused kernel or rule", "travels as", "bytes", "alive"), *rows]), ""]
+        return "\n".join(text)
 
     def __str__(self) -> str:
         if self.reason:
@@ -126,7 +136,7 @@ def _line(evaluator: Captured, name: str, where: Tensor, mu: float, queries: int
     from torch.utils.flop_counter import FlopCounterMode
 
     engine, base = evaluator.engine, evaluator.base
-    route = engine.route(base.graph, name)
+    route = engine.planner.route(base, name)
     part = where[: route.block]
     step = torch.full((len(part),), mu, dtype=engine.dtype, device=part.device)
     seed = {name: OneEntry(route.shape, part, step)}
@@ -138,13 +148,13 @@ def _line(evaluator: Captured, name: str, where: Tensor, mu: float, queries: int
     kernels: Counter[str] = Counter()
     began = last = time.perf_counter()
 
-    def observe(step: Step, carrier: Any, fused: bool) -> None:
+    def observe(nodes: Sequence[fx.Node], kernel: str, carrier: Any) -> None:
         nonlocal last
         now = time.perf_counter()
         kind = describe(carrier)
         if kind != "Zero":
             kinds.append(kind)
-            label = step.kernel if fused else f"rule {getattr(step.nodes[0].target, '__name__', step.nodes[0].target)}"
+            label = kernel or f"rule {getattr(nodes[0].target, '__name__', nodes[0].target)}"
             kernels[f"{label} ({kind})"] += now - last  # type: ignore[assignment]
         last = now
 
@@ -161,6 +171,7 @@ def _line(evaluator: Captured, name: str, where: Tensor, mu: float, queries: int
         route.bytes,
         each * (last - began),
         {label: each * seconds for label, seconds in kernels.items()},
+        route.ran,
         missing_rules(route.suffix),
     )
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import DeviceError
 
-if TYPE_CHECKING:
-    pass
-from ..plan import log
+log = logging.getLogger("deepzero")
+Result = TypeVar("Result")
+
+
+def for_one(run: Callable[[], Result], what: str) -> Result:
+    """``run()``, which works on one perturbation; :class:`DeviceError` when the device has no memory for it."""
+    try:
+        return run()
+    except torch.OutOfMemoryError as error:
+        refused = _reason(error)
+    raise _no_memory(what, refused)
 
 
 def in_pieces(count: int, size: int, run: Callable[[int, int], Tensor], what: str) -> tuple[Tensor, int]:
@@ -27,17 +36,25 @@ def in_pieces(count: int, size: int, run: Callable[[int, int], Tensor], what: st
         try:
             results.append(run(done, stop))
         except torch.OutOfMemoryError as error:
-            refused = (str(error).splitlines() or ["out of memory"])[0]
+            refused = _reason(error)
         else:
             done = stop
             continue
         # not in the except clause: the traceback holds what the attempt had allocated
         if stop - done == 1:
-            raise DeviceError(
-                f"{what}: the device has no memory for one perturbation ({refused}). Use a smaller batch, "
-                "precision='bfloat16', or free what else lies on it."
-            )
+            raise _no_memory(what, refused)
         fits = (stop - done) // 2
     if fits < size:
         log.warning("%s: no memory for %d perturbations at once (%s); going on with %d", what, size, refused, fits)
     return results[0] if len(results) == 1 else torch.cat(results), fits
+
+
+def _reason(error: torch.OutOfMemoryError) -> str:
+    return (str(error).splitlines() or ["out of memory"])[0]
+
+
+def _no_memory(what: str, reason: str) -> DeviceError:
+    return DeviceError(
+        f"{what}: the device has no memory for one perturbation ({reason}). Use a smaller batch, precision='bfloat16', "
+        "or free what else lies on it."
+    )

@@ -21,7 +21,7 @@ from ..carriers import Carrier, OneEntry
 from ..device import Device, UnrecordableError
 from ..fusion import Step
 from ..graph.graph import Graph
-from ..plan import Route
+from ..plan.route import Route
 from ..rules.registry import RULES, missing_rules
 
 log = logging.getLogger("deepzero")

@@ -15,67 +15,8 @@ from ..carriers import Carrier, Zero, dense
 from ..fusion import LAUNCHES, Step
 from ..rules import RULES
 
-
-def run_block(
-    base: Base,
-    steps: Sequence[Step],
-    seeds: Mapping[fx.Node, Carrier],
-    count: int,
-    *,
-    operands: torch.dtype | None = None,
-    strict: bool = False,
-    warned: set[str] | None = None,
-    observe: Callable[[Step, Any, bool], None] | None = None,
-) -> Tensor:
-    """Loss differences [P] in float64 of P perturbations that start as ``seeds`` at the placeholders.
-
-    ``steps`` cover the nodes that a seed can reach, in graph order; a value is freed after its last reader.
-    ``warned`` holds the ops whose missing rule was warned of. ``observe(step, carrier, fused)`` is told of every step.
-    """
-    block = Block(base, count, operands=operands or base.dtype, strict=strict, warned=warned)
-    block.differences.update(seeds)
-    loss = base.graph.loss
-
-    def free(step: Step) -> None:
-        for source in step.frees:
-            block.differences.pop(source, None)
-            block.moments.pop(source, None)
-
-    def run(step: Step) -> None:
-        carrier = LAUNCHES[step.pattern](block, step.region) if step.pattern else None
-        fused = carrier is not None
-        if carrier is not None:
-            block.differences[step.nodes[-1]] = carrier
-        elif step.parts:
-            for part in step.parts:
-                run(part)
-                free(part)
-            return
-        else:
-            for node in step.nodes:
-                carrier = follow(block, node)
-                if carrier is not Zero:
-                    block.differences[node] = carrier
-        if observe is not None:
-            observe(step, carrier, fused)
-
-    try:
-        with torch.no_grad(), no_autocast():
-            for step in steps:
-                run(step)
-                free(step)
-        final = block.d(loss)
-    finally:
-        block.moments.clear()
-        block.differences.clear()  # what remakes a saved base value (HeldBase) still knows the block
-    if final is Zero:
-        return torch.zeros(count, dtype=torch.float64, device=_device(base))
-    return dense(final).reshape(count).double()
-
-
-def _device(base: Base) -> torch.device:
-    value = base.exact(base.graph.loss)
-    return value.device if isinstance(value, Tensor) else torch.device("cpu")
+Observe = Callable[[Sequence[fx.Node], str, Any], None]
+"""``(nodes, kernel, carrier)`` of what ran: a fused kernel by name, or "" for the rule of a single node."""
 
 
 def follow(block: Block, node: fx.Node) -> Any:
@@ -88,3 +29,77 @@ def follow(block: Block, node: fx.Node) -> Any:
     if node.target in RULES:
         return RULES[node.target](block, node)
     return block.fallback(node)
+
+
+def run_block(
+    base: Base,
+    steps: Sequence[Step],
+    seeds: Mapping[fx.Node, Carrier],
+    count: int,
+    *,
+    operands: torch.dtype | None = None,
+    strict: bool = False,
+    warned: set[str] | None = None,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Loss differences [P] in float64 of P perturbations that start as ``seeds`` at the placeholders.
+
+    ``steps`` cover the nodes that a seed can reach, in graph order; a value is freed after its last reader.
+    ``warned`` holds the ops whose missing rule was warned of.
+    """
+    block = Block(base, count, operands=operands or base.dtype, strict=strict, warned=warned)
+    block.differences.update(seeds)
+    final = run_steps(block, steps, observe)
+    if final is Zero:
+        return torch.zeros(count, dtype=torch.float64, device=_device(base))
+    return dense(final).reshape(count).double()
+
+
+def run_steps(
+    block: Block,
+    steps: Sequence[Step],
+    observe: Observe | None = None,
+    follow: Callable[[Block, fx.Node], Any] = follow,
+) -> Carrier:
+    """The loss's difference after all steps. The block's differences are freed, at the latest when it returns.
+
+    ``follow(block, node)`` gives the difference of one node where no kernel takes it.
+    """
+
+    def free(step: Step) -> None:
+        for source in step.frees:
+            block.differences.pop(source, None)
+            block.moments.pop(source, None)
+
+    def run(step: Step) -> None:
+        carrier = LAUNCHES[step.pattern](block, step.region) if step.pattern else None
+        if carrier is not None:
+            block.differences[step.nodes[-1]] = carrier
+            if observe is not None:
+                observe(step.nodes, step.kernel, carrier)
+        elif step.parts:
+            for part in step.parts:
+                run(part)
+                free(part)
+        else:
+            for node in step.nodes:
+                carrier = follow(block, node)
+                if carrier is not Zero:
+                    block.differences[node] = carrier
+                if observe is not None:
+                    observe((node,), "", carrier)
+
+    try:
+        with torch.no_grad(), no_autocast():
+            for step in steps:
+                run(step)
+                free(step)
+        return block.d(block.base.graph.loss)  # type: ignore[no-any-return]
+    finally:
+        block.moments.clear()
+        block.differences.clear()  # what remakes a saved base value (HeldBase) still knows the block
+
+
+def _device(base: Base) -> torch.device:
+    value = base.exact(base.graph.loss)
+    return value.device if isinstance(value, Tensor) else torch.device("cpu")

@@ -184,5 +184,4 @@ CONVOLUTION_NORM = Pattern(
     launch_convolution_norm,
     wanted=_one_channel_kernels,
     encloses=True,
-    single_channel=True,
 )

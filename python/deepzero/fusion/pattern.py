@@ -30,7 +30,6 @@ class Pattern:
               moves in this block, and the step's parts or the generic rules take over
     wanted    ``(device, dtype of differences)`` -> whether plans for that device look for it
     encloses  the region holds smaller ones; where it does not fit, they run
-    single_channel  the kernel takes what one entry or one channel moves, and nothing more
     """
 
     name: str
@@ -38,7 +37,6 @@ class Pattern:
     launch: Callable[[Block, Any], Carrier | None]
     wanted: Callable[[torch.device, torch.dtype], bool] = _everywhere
     encloses: bool = False
-    single_channel: bool = False
 
     def match(self, node: fx.Node, inside: Collection[fx.Node]) -> Region | None:
         return self.region.at(node, inside)

@@ -21,7 +21,6 @@ class Step:
     region   what the pattern found
     frees    values that nothing reads after this step
     parts    the same nodes in shorter steps, for when the kernel does not fit; without any, the generic rules run
-    single_channel  the kernel takes what one entry or one channel moves, and nothing more
     """
 
     nodes: tuple[fx.Node, ...]
@@ -29,7 +28,6 @@ class Step:
     region: Region | None
     frees: tuple[fx.Node, ...]
     parts: tuple[Step, ...] = ()
-    single_channel: bool = False
 
     @property
     def kernel(self) -> str:
@@ -42,7 +40,6 @@ class Step:
             "nodes": [node.name for node in self.nodes],
             "runs": str(self),
             "pattern": self.pattern,
-            "single_channel": self.single_channel,
             "frees": [node.name for node in self.frees],
             "parts": [part.plain() for part in self.parts],
         }
@@ -91,4 +88,4 @@ def _step(node: fx.Node, found: tuple[Pattern, Region] | None, loss: fx.Node, pa
     if pattern.encloses:
         shorter = schedule(region.nodes, loss, [p for p in patterns if not p.encloses])
         parts = tuple(replace(s, frees=tuple(n for n in s.frees if n in region.nodes)) for s in shorter)
-    return Step(region.nodes, pattern.name, region, (), parts, pattern.single_channel)
+    return Step(region.nodes, pattern.name, region, (), parts)
