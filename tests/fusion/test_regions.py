@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from deepzero.engine import Engine
 from deepzero.fusion import Region
+from deepzero.fusion.attention import _source
 from deepzero.fusion.convolution import ConvolutionNormRegion
 from deepzero.fusion.linear import LinearRegion, MlpRegion
 from deepzero.fusion.norm import NormRegion
 from deepzero.fusion.region import ahead, closed, only_if
-from deepzero.graph.nodes import Convolution, ImageMean, Linear, Relu, Residual, SquarePool
+from deepzero.graph.nodes import Convolution, ImageMean, Linear, Relu, Residual, SquarePool, aten
 from deepzero.plan.route import reach
 
 
@@ -153,3 +154,34 @@ def test_views_read_arguments_by_name() -> None:
     assert Relu.after(relu, relu) is None
     assert all(kind.of(relu) is None for kind in (Linear, ImageMean, SquarePool, Convolution))
     assert Residual.after(found.node, relu) is None
+
+
+Steps = list[tuple[Any, list[Any]]]
+
+HEADS: Steps = [(aten.view.default, [[2, 3, 2, 4]]), (aten.transpose.int, [1, 2])]
+
+
+@pytest.mark.parametrize(
+    ("steps", "found"),
+    [
+        (HEADS, True),
+        ([(aten.unsqueeze.default, [0]), (aten.squeeze.dims, [[0]]), *HEADS], True),
+        ([(aten.transpose.int, [0, 1]), (aten.reshape.default, [[2, 3, 2, 4]]), (aten.transpose.int, [1, 2])], False),
+        ([(aten.view.default, [[2, 3, 2, 4]]), (aten.clone.default, []), (aten.transpose.int, [1, 2])], False),
+        ([(aten.tanh.default, []), *HEADS], False),
+    ],
+    ids=["heads", "a dimension in between", "a view that copies", "a copy", "no view"],
+)
+def test_features_of_a_linear_layer_through_views(steps: Steps, found: bool) -> None:
+    """What reaches an attention as [N, H, T, D] is told from the layer's features [N, T, H D] by its strides."""
+    graph = fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    node = graph.call_function(aten.linear.default, (x, w))
+    node.meta["val"] = torch.empty(2, 3, 8, device="meta")
+    for op, rest in steps:
+        node = graph.call_function(op, (node, *rest))
+    source = _source(node)
+    assert (source is not None) == found
+    if source is not None:
+        assert source.features.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert len(source.views) == len(steps)

@@ -14,6 +14,7 @@ import dzkernels
 
 from ..carriers import Carrier, Dense
 from ..graph.nodes import Attention, LayerNorm, Linear, Residual, aten
+from ..rules import RULES
 from ..rules.attention import attention_base, attention_scale
 from . import policy
 from .linear import input_and_residual, over_rows, row_norm, takes, weights
@@ -22,16 +23,6 @@ from .region import Region, only_user, with_result
 
 if TYPE_CHECKING:
     from ..block import Block
-
-_VIEWS = (
-    aten.view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.squeeze.dims,
-)
-"""What sorts the features of linear layers into queries, keys, values and heads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,15 +99,24 @@ def _attention_after(start: fx.Node, inside: Collection[fx.Node]) -> Attention |
         for user in todo.pop().users:
             if user in inside and (attention := Attention.of(user)) is not None:
                 return attention
-            if user in inside and user.target in (aten.linear.default, *_VIEWS):
+            if user in inside and (user.target is aten.linear.default or _is_view(user)):
                 todo.append(user)
     return None
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether torch says that the op's result lies in its input's memory, of an op whose rule only rearranges.
+
+    Views sort the features of linear layers into queries, keys, values and heads.
+    """
+    rule = RULES.get(node.target)
+    return rule is not None and rule.family == "rearranges" and bool(node.target.is_view)  # type: ignore[union-attr]
 
 
 def _source(value: Any) -> Source | None:
     """What makes an attention's [N, H, T, D] argument, if it is features of a linear layer's [N, T, width]."""
     views: list[fx.Node] = []
-    while isinstance(value, fx.Node) and value.target in _VIEWS:
+    while isinstance(value, fx.Node) and _is_view(value):
         views.insert(0, value)
         value = value.args[0]
     layer = Linear.of(value) if isinstance(value, fx.Node) else None
@@ -124,8 +124,11 @@ def _source(value: Any) -> Source | None:
         return None
     samples, tokens, width = layer.node.meta["val"].shape
     seen = torch.empty(samples, tokens, width, device="meta")
+    memory = seen.untyped_storage()._cdata
     for view in views:
         seen = view.target(seen, *view.args[1:], **view.kwargs)  # type: ignore[operator]
+    if seen.untyped_storage()._cdata != memory:
+        return None  # a view (reshape, contiguous) that had to copy
     if seen.dim() != 4 or (seen.shape[0], seen.shape[2]) != (samples, tokens):
         return None
     along_samples, along_heads, along_tokens, along = seen.stride()
