@@ -184,7 +184,7 @@ class Base:
 
     def columns(self, node: fx.Node) -> Tensor:
         """A value [..., K] in the query dtype as [K, ...], each feature's values of all samples next to each other."""
-        return self.saved(node, "columns", lambda: self._exact[node].movedim(-1, 0).to(self.dtype).contiguous())  # type: ignore[no-any-return]
+        return self.saved(node, "columns", lambda: self._exact[node].movedim(-1, 0).to(self.dtype).contiguous())
 
     def saved(self, node: fx.Node, name: str, make: Callable[[], Any]) -> Any:
         """A quantity derived from base values, made in float64 once a step and shared by every block."""

@@ -49,7 +49,7 @@ class BlackBox:
                 f"black box {self.__name__!r} takes one or more positional tensors, got {kinds}. Bind anything else "
                 "with functools.partial."
             )
-        return torch.ops.deepzero.blackbox(self.handle, list(inputs))  # type: ignore[no-any-return]
+        return torch.ops.deepzero.blackbox(self.handle, list(inputs))
 
     def evaluate(self, inputs: list[Tensor]) -> Tensor:
         """One call of the wrapped function, in the dtype it asked for; the result in float64."""

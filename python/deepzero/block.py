@@ -68,10 +68,10 @@ class Block:
         return self.base.columns(node)
 
     def exact_args(self, node: fx.Node) -> tuple[Any, ...]:
-        return fx.map_arg(node.args, self.base.exact)  # type: ignore[no-any-return]
+        return fx.map_arg(node.args, self.base.exact)
 
     def exact_kwargs(self, node: fx.Node) -> dict[str, Any]:
-        return pytree.tree_map(promote, fx.map_arg(node.kwargs, self.base.exact))  # type: ignore[no-any-return]
+        return pytree.tree_map(promote, fx.map_arg(node.kwargs, self.base.exact))
 
     def saved(self, node: fx.Node, name: str, make: Callable[[], Any]) -> Any:
         return self.base.saved(node, name, make)

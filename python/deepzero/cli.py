@@ -320,4 +320,4 @@ def _imported(name: str, option: str) -> Callable[..., Any]:
         raise ConfigError(f"{option} {name}: {missing}. Run deepzero where {module} can be imported.") from missing
     if not callable(found):
         raise ConfigError(f"{option} {name}: expected something to call, got {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+    return found

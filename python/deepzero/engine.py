@@ -132,7 +132,7 @@ class Engine:
     def prepared(self, batch: Any) -> Iterator[Prepared]:
         """Run the base loss and the base pass; the global random state is back as it was on exit."""
         self._settle()
-        with random_state_kept() as start:
+        with torch.inference_mode(False), random_state_kept() as start:
             surroundings = Surroundings(self.model, self.objective)
             bound = Bound(self.model, self.objective, batch, surroundings.others)
             try:
@@ -259,7 +259,7 @@ class Engine:
         self.warn_once(
             f"the model cannot be captured as a graph and runs whole, one full forward pass a query: {reason}"
         )
-        return Whole(bound, start, self._elsewhere, surroundings)
+        return Whole(bound, start, surroundings, self._elsewhere)
 
     def warn_once(self, text: str) -> None:
         """Warn at the line of the user's own code that is running."""

@@ -68,9 +68,8 @@ class OwnDraws(TorchDispatchMode):
             return args[0] * scale.double(), keep
         own, named = pytree.tree_map(self._narrow, (args, kwargs))
         drawn = func(*own, **named)
-        if func._schema.is_mutable:  # x.normal_(): the draw belongs into x itself
-            target = args[0]
-            return target.copy_(drawn)
+        if func._schema.is_mutable:  # x.normal_() and rand(out=x): the draw belongs into x itself
+            return kwargs.get("out", args[0] if args else None).copy_(drawn)
         return pytree.tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.dtype is self.dtype else t, drawn)
 
     def _narrow(self, value: Any) -> Any:
@@ -90,13 +89,13 @@ class Whole:
         self,
         bound: Bound,
         start: tuple[Any, ...],
+        surroundings: Surroundings,
         elsewhere: Mapping[str, Tensor] | None = None,
-        surroundings: Surroundings | None = None,
     ) -> None:
         self.bound = bound
         self.start = start
+        self.surroundings = surroundings
         self.elsewhere = elsewhere or {}
-        self.surroundings = surroundings or Surroundings(bound.model, bound.objective)
         self.double = True
         try:
             self.loss = self.evaluate({})

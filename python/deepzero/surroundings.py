@@ -5,7 +5,8 @@ objective or a hook logs into, other modules that the objective closes over (a t
 its own. An estimate puts all of it back; ``backward`` leaves it as one ordinary call would.
 
 Followed are the attributes of every module, and what functions close over or name: containers, tensors, arrays,
-generators, modules, objects of the user's own classes. Not followed is what lies behind C code, an iterator, a file.
+generators, modules, objects of the user's own classes. Not followed is what lies behind C code, an iterator, a file,
+and the values of NumPy arrays above :data:`CLONED` bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import functools
 import random
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -27,7 +29,7 @@ from .blackbox import BlackBox
 from .state import random_state, random_state_kept, set_random_state
 
 CLONED = 1 << 22
-"""Bytes of the largest tensor or array that is cloned. Of a larger one only a change is noticed, and refused."""
+"""Bytes of the largest tensor or array that is cloned. Of a larger tensor only a change is noticed, and refused."""
 
 _DEPTH = 12
 _OWN = ("_parameters", "_buffers", "_modules")
@@ -49,18 +51,20 @@ _LEAVES = (
 _SKIPPED = (torch.optim.Optimizer, torch.utils.data.DataLoader, torch.utils.data.Dataset, torch.nn.Parameter)
 
 
-class _Place:
+class _Place(ABC):
     """One object whose content may change, at ``path``; ``saved`` is its content when it was seen."""
 
     def __init__(self, path: str, target: Any) -> None:
         self.path, self.target = path, target
         self.saved = self.content()
 
+    @abstractmethod
     def content(self) -> Any:
-        raise NotImplementedError
+        """What it holds now."""
 
+    @abstractmethod
     def put(self, content: Any) -> None:
-        raise NotImplementedError
+        """Make it hold ``content``."""
 
     def changed(self) -> bool:
         return not _same(self.saved, self.content())
@@ -82,13 +86,9 @@ class _Dict(_Place):
         return {k: v for k, v in self.target.items() if k not in self.without}
 
     def put(self, content: dict[Any, Any]) -> None:
-        if self.changed_from(content):
-            for key in [k for k in self.target if k not in self.without]:
-                del self.target[key]
-            self.target.update(content)
-
-    def changed_from(self, content: dict[Any, Any]) -> bool:
-        return not _same(content, self.content())
+        for key in [k for k in self.target if k not in self.without]:
+            del self.target[key]
+        self.target.update(content)
 
 
 class _Attributes(_Dict):
@@ -123,6 +123,8 @@ class _Cell(_Place):
     def put(self, content: tuple[Any, ...]) -> None:
         if content:
             self.target.cell_contents = content[0]
+        else:
+            del self.target.cell_contents
 
 
 class _Sequence(_Place):
@@ -132,9 +134,8 @@ class _Sequence(_Place):
         return tuple(self.target)
 
     def put(self, content: tuple[Any, ...]) -> None:
-        if not _same(content, self.content()):
-            self.target.clear()
-            self.target.extend(content)
+        self.target.clear()
+        self.target.extend(content)
 
 
 class _Set(_Place):
@@ -217,10 +218,12 @@ class Surroundings:
     """What a call of ``objective(model, ...)`` may change beside parameters, buffers and the global random state.
 
     others  modules that the objective closes over and that are no part of the model
+    only    note places of this kind alone
     """
 
-    def __init__(self, model: nn.Module, objective: Any) -> None:
+    def __init__(self, model: nn.Module, objective: Any, *, only: type[_Place] = _Place) -> None:
         self.others: list[nn.Module] = []
+        self._only = only
         self._places: list[_Place] = []
         self._seen: set[int] = set()
         self._inside = {id(module) for module in model.modules()}
@@ -249,6 +252,10 @@ class Surroundings:
 
     # --- finding it
 
+    def _note(self, kind: type[_Place], *where: Any) -> None:
+        if issubclass(kind, self._only):
+            self._places.append(kind(*where))
+
     def _new(self, value: Any) -> bool:
         if id(value) in self._seen:
             return False
@@ -259,7 +266,7 @@ class Surroundings:
     def _module(self, module: nn.Module, path: str) -> None:
         if not self._new(module):
             return
-        self._places.append(_Attributes(path, vars(module)))
+        self._note(_Attributes, path, vars(module))
         for name, value in list(vars(module).items()):
             if name not in _OWN and not (_is_hooks(name) and not value):  # a call that adds hooks is not followed
                 self._walk(value, f"{path}.{name}", 1)
@@ -292,11 +299,11 @@ class Surroundings:
         if isinstance(value, BlackBox):
             yield value.function, path
         elif isinstance(value, Tensor):
-            self._places.append(_Tensor(path, value))
+            self._note(_Tensor, path, value)
         elif isinstance(value, np.ndarray):
-            self._places.append(_Array(path, value))
+            self._note(_Array, path, value)
         elif isinstance(value, torch.Generator | random.Random | np.random.Generator | np.random.RandomState):
-            self._places.append(_Generator(path, value))
+            self._note(_Generator, path, value)
         elif isinstance(value, FunctionType):
             yield from self._function(value, path)
         elif isinstance(value, MethodType):
@@ -305,18 +312,20 @@ class Surroundings:
         elif isinstance(value, functools.partial):
             yield from ((each, path) for each in (value.func, *value.args, *value.keywords.values()))
         elif isinstance(value, dict):
-            self._places.append(_Dict(path, value))
+            self._note(_Dict, path, value)
             yield from ((each, f"{path}[{key!r}]") for key, each in list(value.items()))
         elif isinstance(value, list | collections.deque):
-            self._places.append(_Sequence(path, value))
+            self._note(_Sequence, path, value)
             yield from ((each, f"{path}[{i}]") for i, each in enumerate(list(value)))
         elif isinstance(value, tuple | frozenset):
             yield from ((each, path) for each in value)
         elif isinstance(value, set):
-            self._places.append(_Set(path, value))
+            self._note(_Set, path, value)
         elif isinstance(getattr(value, "__dict__", None), dict) and _users(type(value)):
-            self._places.append(_Dict(path, vars(value)))
+            self._note(_Dict, path, vars(value))
             yield from ((each, f"{path}.{name}") for name, each in list(vars(value).items()))
+            if callable(value):
+                yield type(value).__call__, path
 
     def _function(self, function: FunctionType, path: str) -> Iterator[tuple[Any, str]]:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -324,14 +333,14 @@ class Surroundings:
         for i, value in enumerate((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())):
             yield value, f"{path}, default {i}"
         if _users(function):
-            names = tuple(sorted(n for n in _names(function.__code__) if n in function.__globals__))
-            self._places.append(_Names(path, function.__globals__, names))
+            names = tuple(sorted(n for n in names_used(function.__code__) if n in function.__globals__))
+            self._note(_Names, path, function.__globals__, names)
             yield from ((function.__globals__[name], name) for name in names)
 
     def _cell(self, cell: CellType, path: str) -> Iterator[tuple[Any, str]]:
-        place = _Cell(path, cell)
-        self._places.append(place)
-        yield from ((each, path) for each in place.saved)
+        self._note(_Cell, path, cell)
+        with contextlib.suppress(ValueError):  # empty
+            yield cell.cell_contents, path
 
 
 class BoxState:
@@ -342,8 +351,7 @@ class BoxState:
 
     def __init__(self, box: BlackBox) -> None:
         self.random = random_state()
-        found = Surroundings(nn.Module(), box.function)._places
-        self.generators = [place for place in found if isinstance(place, _Generator)]
+        self.generators = Surroundings(nn.Module(), box.function, only=_Generator)._places
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -375,9 +383,10 @@ def _users(value: Any) -> bool:
 _LIBRARIES = {"torch", "numpy", "deepzero", "dzkernels", "transformers", "scipy", "pandas", "sklearn", "jax"}
 
 
-def _names(code: CodeType) -> set[str]:
+def names_used(code: CodeType) -> set[str]:
+    """Names of globals and attributes in a function's code and in the functions inside it."""
     names = set(code.co_names)
     for const in code.co_consts:
         if isinstance(const, CodeType):
-            names |= _names(const)
+            names |= names_used(const)
     return names

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import deepzero as dz
 from deepzero.errors import DeviceError, MaskError, ObjectiveError
+from deepzero.report.check import check as report
 from deepzero.surroundings import CLONED, Surroundings
 from judge import FLOAT32, judge
 
@@ -185,6 +186,64 @@ def test_what_an_objective_or_a_hook_logs() -> None:
     assert type(values["out"]) is Tensor
 
 
+@pytest.mark.parametrize("look", ["plan", "check"])
+def test_a_plan_and_a_report_leave_everything(look: str) -> None:
+    model, seen = Leaky(reset=False, whole=False), []
+
+    def objective(m: nn.Module, x: Tensor) -> Tensor:
+        loss = mean_square(m, x)
+        seen.append(loss.detach())
+        return loss
+
+    places = Surroundings(model, objective)
+    if look == "plan":
+        dz.CGE(model, objective).plan(batch())
+    else:
+        report(model, objective, batch(), samples=2)
+    assert places.changed() == [] and seen == []
+
+
+class Centred:
+    """An objective that is an object, with state of its own and of what it calls."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self.teacher, self.calls, self.mean = teacher, 0, torch.zeros(3)
+
+    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = model(x) - self.teacher(x)
+        self.mean = 0.5 * self.mean + y.mean(0)
+        return (y - self.mean).square().mean()
+
+
+totals: list[int] = []
+
+
+class Logging(Centred):
+    """Logs into a global, which only its ``__call__`` names."""
+
+    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+        loss = super().__call__(model, x)
+        totals.append(self.calls)
+        return loss
+
+
+def test_an_objective_that_is_an_object() -> None:
+    def make() -> tuple[nn.Module, Any, Any]:
+        torch.manual_seed(0)
+        model, teacher = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        return model, Centred(teacher), batch()
+
+    check(make)
+    model, objective, data = make()
+    objective = Logging(objective.teacher)
+    estimator = dz.CGE(model, objective, mu=MU)
+    estimator.estimate(data)
+    assert objective.calls == 0 and not objective.mean.any() and totals == []
+    estimator.backward(data)
+    assert objective.calls == 1 and bool(objective.mean.any()) and totals == [1]
+
+
 def test_a_nonlocal_counter() -> None:
     count = 0
 
@@ -271,7 +330,8 @@ def test_noise_is_drawn_as_in_the_ordinary_call() -> None:
         def forward(self, x: Tensor) -> Tensor:
             branching(x)
             z = self.layer(x)
-            return F.dropout(z, 0.5) + torch.randn_like(z) * z + torch.empty_like(z).uniform_() * z
+            own = torch.rand(z.shape, out=torch.empty_like(z))
+            return F.dropout(z, 0.5) + torch.randn_like(z) * z + torch.empty_like(z).uniform_() * z + own * z
 
     torch.manual_seed(0)
     model = Noisy()

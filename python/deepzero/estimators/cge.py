@@ -33,6 +33,7 @@ class CGE(EngineEstimator):
 
     def plan(self, batch: Any, mask: Mask | None = None) -> Plan:
         """What :meth:`estimate` would do with this batch and mask, timed on one block per parameter. Pure."""
+        self.engine.initialise(batch)
         selected = self.engine.selected(mask)
         queries = 1 + len(self.signs) * self.moves(selected)
         with self.engine.prepared(batch) as ready:

@@ -161,7 +161,7 @@ class EngineEstimator(Estimator):
         selected = self.engine.selected(mask)
         queries = 1 + len(self.signs) * self.moves(selected)
         self._spend(queries)
-        with torch.inference_mode(False), self.engine.prepared(batch) as ready:
+        with self.engine.prepared(batch) as ready:
             if not ready.evaluator.reaches(list(selected)):
                 raise ObjectiveError(
                     "the loss does not depend on any parameter that the mask selects, so its gradient is zero. The "

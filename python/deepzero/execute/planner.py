@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +21,9 @@ from ..plan.route import Route, reach
 from ..state import parameter_of
 from .pieces import for_one
 from .probe import coordinate, everything, probe
+
+MAX_JOINT = 64
+"""Sets of parameters moved at once that are planned at a time: a layer-wise estimator has one for each layer."""
 
 
 class Planner:
@@ -63,7 +67,7 @@ class Planner:
         known = self._joint.setdefault(graph, {})
         key = tuple(names)
         if key not in known:
-            known.clear()  # masks may name other parameters at every step: keep the last one only
+            _make_room(known)
             known[key] = schedule(reach(graph, names), graph.loss, self._patterns())
         return known[key]
 
@@ -72,7 +76,7 @@ class Planner:
         known = self._joint_bytes.setdefault(base.graph, {})
         key = tuple(names)
         if key not in known:
-            known.clear()
+            _make_room(known)
             parameters = {name: parameter_of(self.model, name) for name in names}
             seeds = {name: everything(p.shape, self.dtype, p.device) for name, p in parameters.items()}
             ran = self._probe(base, self.joint_steps(base.graph, names), seeds, "blocks of random directions")
@@ -86,3 +90,9 @@ class Planner:
     def _patterns(self) -> Sequence[Pattern]:
         where = torch.device("cpu") if self.device is None else self.device.where
         return patterns_for(where, self.dtype)
+
+
+def _make_room(known: dict[tuple[str, ...], Any]) -> None:
+    """Masks may name other parameters at every step: forget the oldest plan for such a set when there are too many."""
+    if len(known) >= MAX_JOINT:
+        del known[next(iter(known))]

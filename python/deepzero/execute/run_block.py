@@ -94,7 +94,7 @@ def run_steps(
             for step in steps:
                 run(step)
                 free(step)
-        return block.d(block.base.graph.loss)  # type: ignore[no-any-return]
+        return block.d(block.base.graph.loss)
     finally:
         block.moments.clear()
         block.differences.clear()  # what remakes a saved base value (HeldBase) still knows the block

@@ -167,10 +167,10 @@ def launch(block: Block, region: AttentionRegion) -> Carrier | None:
         return torch.cat([weight[features.to(weight.device)] for weight, features in given], 1)
 
     values, extra = input_and_residual(block, norm or layers[0], region.residual)
-    q, k, v, p = attention_base(block, attention.node)
+    q, k, v, p = attention_base(block, attention)
     out = dzkernels.self_attention_difference(
         values, block.saved(attention.node, "features", features), q, k, v, p, block.low(project.weight), extra,
-        row_norm(block, norm), scale=attention_scale(attention.node, q), operands=block.operands,
+        row_norm(block, norm), scale=attention_scale(attention, q), operands=block.operands,
         out_dtype=block.operands if extra is None else block.dtype,
     )  # fmt: skip
     return Dense(out.reshape(block.count, *block.exact(project.node).shape))

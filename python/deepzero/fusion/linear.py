@@ -84,7 +84,7 @@ def input_and_residual(
 def row_norm(block: Block, norm: LayerNorm | None) -> dzkernels.RowNorm | None:
     if norm is None:
         return None
-    zc, var, _ = layer_base(block, norm.node)
+    zc, var, _ = layer_base(block, norm)
     gamma = None if norm.weight is None else block.low(norm.weight)
     return dzkernels.RowNorm(zc.reshape(-1, zc.shape[-1]), var.reshape(-1), gamma, norm.eps)
 

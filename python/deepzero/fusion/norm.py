@@ -65,7 +65,7 @@ class Saved(NamedTuple):
 
 
 def saved(block: Block, region: NormRegion) -> Saved:
-    return block.saved(region.norm.node, "fused", lambda: _saves(block, region))  # type: ignore[no-any-return]
+    return block.saved(region.norm.node, "fused", lambda: _saves(block, region))
 
 
 def _saves(block: Block, region: NormRegion) -> Saved:

@@ -44,7 +44,7 @@ class Bound(nn.Module):
         """The result with parameters and buffers replaced by ``values``, named as this module's; writes to buffers land
         in ``values``. TorchScript modules cannot have theirs swapped: a copy of the model takes the values."""
         if not any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules()):
-            return torch.func.functional_call(self, dict(values), tuple(tensors))  # type: ignore[no-any-return]
+            return torch.func.functional_call(self, dict(values), tuple(tensors))
         twin = copy.deepcopy(self.model)
         given = {name.removeprefix("model."): v for name, v in values.items() if name.startswith("model.")}
         if any(v.dtype is torch.float64 for name, v in given.items() if v.is_floating_point()):

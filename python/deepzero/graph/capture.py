@@ -14,11 +14,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from ..errors import CaptureError
+from ..state import model_kept
 from .bound import Bound
 from .graph import Graph
 from .ops import ATTENTION, KEPT_WHOLE
@@ -63,29 +64,6 @@ def _needs_parts(node: fx.Node) -> bool:
     return dropout or bool(node.kwargs.get("enable_gqa")) or len(leading) > 1
 
 
-@contextlib.contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Tracing may leave stand-in tensors in plain attributes (nn.LSTM keeps a list of its weights): put them back."""
-    saved = []
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        plain = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
-        lists = {k: list(v) for k, v in plain.items() if isinstance(v, list)}
-        saved.append((module, plain, lists, dict(module._buffers)))
-    try:
-        yield
-    finally:
-        for module, plain, lists, buffers in saved:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            for key in [k for k in vars(module) if k not in plain and k not in ("_parameters", "_buffers", "_modules")]:
-                del vars(module)[key]
-            vars(module).update(plain)
-            for key, items in lists.items():
-                vars(module)[key][:] = items
-
-
 def _without_effects(graph: fx.Graph) -> None:
     """Take out checks that only raise (torch.linalg's for singular matrices): the ordinary call has made them."""
     for node in reversed(list(graph.nodes)):
@@ -103,7 +81,7 @@ def capture(bound: Bound) -> Graph:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # export comments on its own internals
-            with _plain_forms(), _attributes_restored(model):
+            with _plain_forms(), model_kept(model):
                 program = torch.export.export(bound, bound.copies(), strict=False)
                 program = _decomposed(program)
                 _without_effects(program.graph)

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-from types import CodeType, FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..blackbox import BlackBox
 from ..objective import Objective
+from ..surroundings import names_used
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -39,14 +40,6 @@ def _plain_value(value: Any, depth: int = 0) -> Any:
     return NotImplemented
 
 
-def _names_used(code: CodeType) -> set[str]:
-    names = set(code.co_names)
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            names |= _names_used(const)
-    return names
-
-
 def _walk_function(function: Any, path: str, found: dict[str, Any], depth: int = 0) -> None:
     if isinstance(function, functools.partial):
         found[f"{path} arguments"] = _plain_value([*function.args, function.keywords])
@@ -61,7 +54,7 @@ def _walk_function(function: Any, path: str, found: dict[str, Any], depth: int =
     for name, cell in values.items():
         with contextlib.suppress(ValueError):  # an empty cell
             named[name] = cell.cell_contents
-    for name in _names_used(function.__code__):
+    for name in names_used(function.__code__):
         if name in function.__globals__:
             named[name] = function.__globals__[name]
     named |= {f"default {i}": v for i, v in enumerate(function.__defaults__ or ())}

@@ -17,6 +17,11 @@ from typing_extensions import Self
 aten = torch.ops.aten
 
 
+def _arguments(node: fx.Node) -> Any:
+    """The positional arguments; the op's schema fixes their number and kinds."""
+    return node.args
+
+
 @dataclass(frozen=True)
 class View:
     """One node, by the names of its arguments.
@@ -29,7 +34,8 @@ class View:
 
     @classmethod
     def of(cls, node: fx.Node) -> Self | None:
-        raise NotImplementedError
+        """The view of ``node``, None for another op; and where an op has a view only after a value."""
+        return None
 
     @classmethod
     def after(cls, value: fx.Node, node: fx.Node) -> Self | None:
@@ -69,12 +75,12 @@ class BatchNorm(View):
     def of(cls, node: fx.Node) -> Self | None:
         if node.target not in _BATCH_NORMS:
             return None
-        x, weight, bias, *rest = node.args
+        x, weight, bias, *rest = _arguments(node)
         given: dict[str, Any] = dict(zip(_BATCH_NORMS[node.target], rest, strict=True))
         return cls(
             node, x, weight, bias, given.get("mean"), given.get("var"), bool(given.get("training", False)),
             float(given["eps"]), node.target in UPDATING,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     @property
     def parameters(self) -> tuple[fx.Node | None, ...]:
@@ -97,8 +103,8 @@ class LayerNorm(View):
     def of(cls, node: fx.Node) -> Self | None:
         if node.target is not aten.native_layer_norm.default:
             return None
-        x, shape, weight, bias, eps = node.args
-        return cls(node, x, shape, weight, bias, float(eps))  # type: ignore[arg-type]
+        x, shape, weight, bias, eps = _arguments(node)
+        return cls(node, x, shape, weight, bias, float(eps))
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,8 @@ class Convolution(View):
     def of(cls, node: fx.Node) -> Self | None:
         if node.target is not aten.convolution.default:
             return None
-        x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
-        dims = x.meta["val"].dim() - 2  # type: ignore[union-attr]
+        x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = _arguments(node)
+        dims = x.meta["val"].dim() - 2
 
         def each(values: Any) -> list[int]:
             return list(values) * (dims // len(values))
@@ -132,7 +138,7 @@ class Convolution(View):
         return cls(
             node, x, weight, bias, each(stride), each(padding), each(dilation), bool(transposed), each(output_padding),
             int(groups),
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     @property
     def spacing(self) -> dict[str, Any]:
@@ -153,8 +159,8 @@ class Linear(View):
     def of(cls, node: fx.Node) -> Self | None:
         if node.target is not aten.linear.default:
             return None
-        x, weight, *bias = node.args
-        return cls(node, x, weight, bias[0] if bias else None)  # type: ignore[arg-type]
+        x, weight, *bias = _arguments(node)
+        return cls(node, x, weight, bias[0] if bias else None)
 
 
 @dataclass(frozen=True)
@@ -173,8 +179,8 @@ class Attention(View):
     def of(cls, node: fx.Node) -> Self | None:
         if node.target is not aten.scaled_dot_product_attention.default:
             return None
-        query, key, value, mask, _, causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
-        return cls(node, query, key, value, mask, bool(causal), node.kwargs.get("scale"))  # type: ignore[arg-type]
+        query, key, value, mask, _, causal = (*_arguments(node), *(None, 0.0, False)[len(node.args) - 3 :])
+        return cls(node, query, key, value, mask, bool(causal), node.kwargs.get("scale"))
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ class Gelu(View):
     def of(cls, node: fx.Node) -> Self | None:
         if node.target is not aten.gelu.default:
             return None
-        return cls(node, node.args[0], str(node.kwargs.get("approximate", "none")))  # type: ignore[arg-type]
+        return cls(node, _arguments(node)[0], str(node.kwargs.get("approximate", "none")))
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ class Relu(View):
 
     @classmethod
     def of(cls, node: fx.Node) -> Self | None:
-        return cls(node, node.args[0]) if node.target is aten.relu.default else None  # type: ignore[arg-type]
+        return cls(node, _arguments(node)[0]) if node.target is aten.relu.default else None
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,7 @@ class Residual(View):
     def after(cls, value: fx.Node, node: fx.Node) -> Self | None:
         if node.target is not aten.add.Tensor or node.kwargs:
             return None
-        a, b = node.args
+        a, b = _arguments(node)
         other = b if a is value else a
         if not isinstance(other, fx.Node) or other is value:
             return None
@@ -232,12 +238,12 @@ class SquarePool(View):
     def of(cls, node: fx.Node) -> Self | None:
         if node.target is not aten.max_pool2d_with_indices.default:
             return None
-        x, kernel, *rest = node.args
+        x, kernel, *rest = _arguments(node)
         stride, padding, dilation, ceil = [*rest, *([None] * 4)][:4]
-        plain = set(padding or [0]) <= {0} and set(dilation or [1]) <= {1} and not ceil  # type: ignore[arg-type]
-        square = len(set(kernel)) == 1 and list(stride or kernel) == list(kernel)  # type: ignore[arg-type]
-        size = int(kernel[0]) if square and plain else 0  # type: ignore[index]
-        return cls(node, x, size) if size > 1 else None  # type: ignore[arg-type]
+        plain = set(padding or [0]) <= {0} and set(dilation or [1]) <= {1} and not ceil
+        square = len(set(kernel)) == 1 and list(stride or kernel) == list(kernel)
+        size = int(kernel[0]) if square and plain else 0
+        return cls(node, x, size) if size > 1 else None
 
 
 @dataclass(frozen=True)
@@ -251,9 +257,8 @@ class ImageMean(View):
     def of(cls, node: fx.Node) -> Self | None:
         if node.target is not aten.mean.dim or node.kwargs:
             return None
-        dims: Any = node.args[1] or ()
-        x: Any = node.args[0]
-        images = x.meta["val"].dim() == 4 and {dim % 4 for dim in dims} == {2, 3}
+        x, dims, *_ = _arguments(node)
+        images = x.meta["val"].dim() == 4 and {dim % 4 for dim in dims or ()} == {2, 3}
         return cls(node, x) if images else None
 
 
@@ -268,4 +273,4 @@ class CrossEntropy(View):
     def of(cls, node: fx.Node) -> Self | None:
         if node.target is not aten.cross_entropy_loss.default:
             return None
-        return cls(node, node.args[0], node.args[1:])  # type: ignore[arg-type]
+        return cls(node, _arguments(node)[0], node.args[1:])

@@ -14,6 +14,7 @@ from ..evaluator import Whole
 from ..graph.bound import Bound
 from ..objective import Objective
 from ..state import random_state_kept
+from ..surroundings import Surroundings
 from ..text import aligned
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2, "float64": 1e-7}
@@ -115,13 +116,17 @@ def check(
     mask = _sampled(model, samples, seed)
     plan = estimator.plan(batch, mask)
     ours = estimator.estimate(batch, mask)
+    surroundings = Surroundings(model, objective)
     with random_state_kept() as start:
-        whole = Whole(Bound(model, objective, batch), start)
-        reference = {name: torch.zeros(m.shape, dtype=torch.float64) for name, m in mask.items()}
-        for name, m in mask.items():
-            for where in m.nonzero():
-                value, step = whole.move(name, where, mu)
-                reference[name][tuple(where.tolist())] = (whole.evaluate({name: value}) - whole.loss) / step
+        try:
+            whole = Whole(Bound(model, objective, batch, surroundings.others), start, surroundings)
+            reference = {name: torch.zeros(m.shape, dtype=torch.float64) for name, m in mask.items()}
+            for name, m in mask.items():
+                for where in m.nonzero():
+                    value, step = whole.move(name, where, mu)
+                    reference[name][tuple(where.tolist())] = (whole.evaluate({name: value}) - whole.loss) / step
+        finally:
+            surroundings.restore()
     noise = 4 * torch.finfo(torch.float64 if whole.double else torch.float32).eps * max(1.0, abs(whole.loss)) / mu
     total = math.sqrt(sum(float((q**2).sum()) for q in reference.values()))
     rows = []

@@ -310,7 +310,7 @@ def embedding(block: Block, node: fx.Node) -> Carrier:
     """Rows of w [V, M] picked by an index tensor. A coordinate (v, m) moves feature m wherever v was picked."""
     w, index = node.args[:2]
     if block.d(index) is not Zero:
-        return block.fallback(node)  # type: ignore[no-any-return]
+        return block.fallback(node)
     d, picked = block.d(w), block.exact(index)
     if isinstance(d, OneEntry):
         hits = picked.unsqueeze(0) == d.index[:, 0].reshape(-1, *[1] * picked.dim())

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 import dzkernels
 
 from ..carriers import Carrier, Dense, OneChannel, OneEntry, Zero, dense, occurs, select
-from ..graph.nodes import BatchNorm
+from ..graph.nodes import BatchNorm, LayerNorm
 from .registry import aten, rule
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def affine(dhat: Tensor | None, hat: Tensor, gamma: Any, dgamma: Any, dbeta: Any
 def batch_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
     """x [N, C, *spatial]; batch statistics in training, running ones otherwise. Channels never mix."""
     if block.saved(node, "read", lambda: _statistics_are_read(node, block.base.graph.loss)):
-        return block.fallback(node)  # type: ignore[no-any-return]
+        return block.fallback(node)
     norm = BatchNorm.of(node)
     assert norm is not None
     x, gamma, beta, mean, var, train, eps = (
@@ -95,7 +95,7 @@ def batch_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
         norm.eps,
     )
     if block.d(mean) is not Zero or block.d(var) is not Zero:
-        return block.fallback(node)  # type: ignore[no-any-return]
+        return block.fallback(node)
     z = block.exact(x)
     dims = [0, *range(2, z.dim())]
     vector = [1, -1, *[1] * (z.dim() - 2)]
@@ -176,25 +176,26 @@ def _one_channel_norm(
     return None
 
 
-def layer_base(block: Block, node: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
+def layer_base(block: Block, norm: LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
     """Of the input of a layer norm: centred, its variance in float64, and normalised."""
-    x, normal, _, _, eps = node.args
-    z = block.exact(x)
-    dims = list(range(z.dim() - len(normal), z.dim()))  # type: ignore[arg-type]
+    z = block.exact(norm.input)
+    dims = list(range(z.dim() - len(norm.shape), z.dim()))
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         zc, v = centred(z, dims)
-        return block.base_rounded(zc), v, block.base_rounded(zc / (v + eps).sqrt())
+        return block.base_rounded(zc), v, block.base_rounded(zc / (v + norm.eps).sqrt())
 
-    return block.saved(node, "norm", make)  # type: ignore[no-any-return]
+    return block.saved(norm.node, "norm", make)
 
 
 @rule(aten.native_layer_norm.default, family="mixes")
 def layer_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
-    x, normal, gamma, beta, eps = node.args
+    norm = LayerNorm.of(node)
+    assert norm is not None
+    x, gamma, beta, eps = norm.input, norm.weight, norm.bias, norm.eps
     z = block.exact(x)
-    dims = list(range(z.dim() - len(normal), z.dim()))  # type: ignore[arg-type]
-    zc, v, hat = layer_base(block, node)
+    first = z.dim() - len(norm.shape)
+    zc, v, hat = layer_base(block, norm)
     d = block.d(x)
     vectors = [c for c in (block.d(gamma), block.d(beta)) if c is not Zero]
     if d is Zero and len(vectors) == 1 and isinstance(entry := vectors[0], OneEntry) and len(entry.shape) == 1:
@@ -206,13 +207,13 @@ def layer_norm(block: Block, node: fx.Node) -> tuple[Carrier, ...]:
         weight = None if gamma is None else block.low(gamma).reshape(-1)
         return Dense(_row_norm(dense(block.raw(x)), zc, v, weight, eps, block.operands)), Zero, Zero
     dhat = None if d is Zero else _row_norm(dense(d), zc, v, None, eps, block.dtype)
-    shape = list(z.shape[dims[0] :])
+    shape = list(z.shape[first:])
     g, dg = _vector(block, gamma, shape)
     _, db = _vector(block, beta, shape)
     if dg is not None:
-        dg = dg.reshape(len(dg), *[1] * dims[0], *shape)
+        dg = dg.reshape(len(dg), *[1] * first, *shape)
     if db is not None:
-        db = db.reshape(len(db), *[1] * dims[0], *shape)
+        db = db.reshape(len(db), *[1] * first, *shape)
     total = affine(dhat, hat, g, dg, db)
     return Dense(total.expand(block.count, *z.shape)), Zero, Zero
 

@@ -63,9 +63,9 @@ def _gap(block: Block, node: fx.Node, dims: list[int], largest: bool) -> Tensor:
     def make() -> Tensor:
         z = block.exact(node.args[0]).double()
         best = z.amax(dims, keepdim=True) if largest else z.amin(dims, keepdim=True)
-        return block.base_rounded(z - best)  # type: ignore[no-any-return]
+        return block.base_rounded(z - best)
 
-    return block.saved(node, "gap", make)  # type: ignore[no-any-return]
+    return block.saved(node, "gap", make)
 
 
 @rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, family="mixes")
@@ -133,7 +133,7 @@ def vector_norm(block: Block, node: fx.Node) -> Carrier:
         gap = block.saved(node, "gap", lambda: block.base_rounded(_abs_gap(block.exact(node.args[0]), dims)))
         return Dense((gap + absolute(values, z)).amax(inner, keepdim=keep))
     if order <= 0:  # type: ignore[operator]
-        return block.fallback(node)  # type: ignore[no-any-return]
+        return block.fallback(node)
     return Dense(_norm(values, z, block.exact(node), float(order), inner, keep).to(block.dtype))  # type: ignore[arg-type]
 
 
@@ -154,7 +154,7 @@ def pairwise_distances(block: Block, node: fx.Node) -> Carrier:
     """|a_i - b_j| for all pairs, as norms of the differences of rows."""
     a, b, order, _ = node.args
     if order in (0, math.inf):
-        return block.fallback(node)  # type: ignore[no-any-return]
+        return block.fallback(node)
     z = block.exact(a).unsqueeze(-2) - block.exact(b).unsqueeze(-3)
     da, db = block.d(a), block.d(b)
     values = torch.zeros((), dtype=block.dtype, device=z.device)

@@ -222,7 +222,7 @@ def pointwise(
             operands, rest, kwargs = node.args[:arity], node.args[arity:], node.kwargs
             rest = tuple(block.exact(a) for a in rest)
             if any(isinstance(a, fx.Node) and block.d(a) is not Zero for a in node.args[arity:]):
-                return block.fallback(node)  # type: ignore[no-any-return]
+                return block.fallback(node)
 
             def make() -> tuple[Any, ...]:
                 bases = tuple(block.exact(a) for a in operands)

@@ -198,7 +198,7 @@ def copied(block: Block, node: fx.Node) -> Carrier:
 @rule(aten.masked_fill.Scalar, family="pointwise")
 def masked_fill(block: Block, node: fx.Node) -> Carrier:
     if block.d(node.args[1]) is not Zero:
-        return block.fallback(node)  # type: ignore[no-any-return]
+        return block.fallback(node)
     return Dense(dense(block.d(node.args[0])).masked_fill(block.exact(node.args[1]), 0.0))
 
 
