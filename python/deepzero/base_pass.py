@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from .blackbox import box_of
 from .graph.graph import Graph
-from .graph.ops import HALF_TO_FLOAT, is_random
+from .graph.ops import HALF_TO_FLOAT, LOOKUPS, is_random
 from .surroundings import BoxState
 
 aten = torch.ops.aten
@@ -65,6 +65,32 @@ def _draw(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     return pytree.tree_map(promote, node.target(*args, **kwargs))  # type: ignore[operator]
 
 
+def _tables(graph: Graph) -> set[fx.Node]:
+    """Placeholders that only lookups read: of those, the base pass promotes the rows that are read and no others."""
+    return {
+        node
+        for node in graph.graph.nodes
+        if node.op == "placeholder" and node.users and all(_looks_up(user, node) for user in node.users)
+    }
+
+
+def _looks_up(node: fx.Node, table: fx.Node) -> bool:
+    return node.target in LOOKUPS and not node.kwargs and node.args[0] is table and table not in node.args[1:]
+
+
+def _look_up(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """A lookup in float64, in a table of the model's own dtype."""
+    table, index, *options = fx.map_arg(node.args, values.__getitem__)
+    if node.target is aten.embedding.default:
+        return promote(node.target(table, index, *options))
+    rows, index = index.unique(return_inverse=True)
+    if len(options) == 7:  # with the padding, a row that does not count
+        at = (rows == options[6]).nonzero()
+        options[6] = int(at) if len(at) else -1
+    total, *others, largest = node.target(promote(table[rows]), index, *options)  # type: ignore[operator]
+    return total, *others, rows[largest] if largest.dim() == 2 and len(rows) else largest
+
+
 def interpret(
     graph: Graph, inputs: Mapping[fx.Node, Any], *, exact: bool, boxes: dict[fx.Node, BoxState] | None = None
 ) -> dict[fx.Node, Any]:
@@ -73,16 +99,20 @@ def interpret(
     ``boxes`` takes on the state from which every black box was called.
     """
     values: dict[fx.Node, Any] = {}
+    tables = _tables(graph) if exact else set()
     with torch.no_grad(), no_autocast(exact):
         for node in graph.graph.nodes:
             if node.op == "placeholder":
                 value = inputs.get(node)
-                values[node] = pytree.tree_map(promote, value) if exact else value
+                values[node] = pytree.tree_map(promote, value) if exact and node not in tables else value
             elif node.op == "call_function":
                 if boxes is not None and node.target is torch.ops.deepzero.blackbox.default:
                     boxes[node] = BoxState(box_of(node.args[0]))
                 if exact and is_random(node):
                     values[node] = _draw(node, values)
+                    continue
+                if tables and node.args and node.args[0] in tables:
+                    values[node] = _look_up(node, values)
                     continue
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 if exact and node.target is not operator.getitem:

@@ -534,9 +534,25 @@ for _mode in ("sum", "mean", "max"):
         f"embedding-bag-{_mode}",
         seq(lambda m=_mode: nn.EmbeddingBag(7, 6, mode=m), nn.Tanh, lambda: nn.Linear(6, 3)),
         inputs=_words,
-        falls_back=("aten._embedding_bag.default",) if _mode == "max" else (),
-        why="segment maxima have no rule" if _mode == "max" else "",
     )
+
+
+class Bags(nn.Module):
+    """Bags of any sizes, an empty one too, with padding or with a weight for each pick."""
+
+    def __init__(self, *, weighted: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        self.bags, self.out, self.weighted = nn.EmbeddingBag(7, 6, **kwargs), nn.Linear(6, 3), weighted
+
+    def forward(self, index: Tensor) -> Tensor:
+        weights = (index + 1.0).flatten().to(self.out.weight.dtype) if self.weighted else None
+        starts = torch.tensor([0, 1, 1, 9])
+        return self.out(torch.tanh(self.bags(index.flatten(), starts, per_sample_weights=weights)))
+
+
+row("embedding-bag-weighted", lambda: Bags(weighted=True, mode="sum"), inputs=_words)
+for _mode in ("sum", "mean", "max"):
+    row(f"embedding-bag-padded-{_mode}", lambda m=_mode: Bags(mode=m, padding_idx=1), inputs=_words)
 
 # --- recurrent
 

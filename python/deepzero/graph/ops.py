@@ -19,6 +19,9 @@ KEPT_WHOLE = frozenset({aten.linear.default, aten.cross_entropy_loss.default, AT
 HALF_TO_FLOAT = frozenset({aten._softmax.default, aten._log_softmax.default})
 """Ops whose third argument asks for a float32 result of a float16 input, which the float64 base pass must not have."""
 
+LOOKUPS = frozenset({aten.embedding.default, aten._embedding_bag.default, aten._embedding_bag_forward_only.default})
+"""Ops that read rows of a table, their first argument, by index: what they cost must not grow with rows never read."""
+
 
 def is_random(node: fx.Node) -> bool:
     """Whether the op draws from a global generator."""

@@ -319,19 +319,42 @@ def embedding(block: Block, node: fx.Node) -> Carrier:
     return Dense(dense(d)[:, picked])
 
 
-@rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default, family="linear")
+@rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default, family="mixes")
 def embedding_bag(block: Block, node: fx.Node) -> Any:
-    """Sums or means of picked rows. A maximum, or weights of their own, take the slow way."""
+    """Sums, means or maxima of the rows of w [V, M] that each bag picks; sums with a weight for each pick, if given.
+
+    A coordinate (v, m) moves feature m of the bags that pick v.
+    """
     given = (*node.args, *(False, 0, False, None, False, -1)[len(node.args) - 3 :])
     w, index, offsets, _, mode, _, weights, _, padding = given
-    if mode == 2 or weights is not None or any(block.d(n) is not Zero for n in node.all_input_nodes if n is not w):
+    if any(block.d(n) is not Zero for n in node.all_input_nodes if n is not w):
         return block.fallback(node)
     picked, starts = block.exact(index), block.exact(offsets)
-    bags = len(block.exact(node)[0])
+    shape = tuple(block.exact(node)[0].shape)
     bag = torch.searchsorted(starts, torch.arange(len(picked), device=picked.device), right=True) - 1
-    counted = (picked != padding).to(block.dtype)
-    rows = dense(block.d(w))[:, picked] * counted.unsqueeze(-1)
-    total = rows.new_zeros((len(rows), bags, rows.shape[2])).index_add(1, bag, rows)
-    if mode == 1:
-        total = total / counted.new_zeros(bags).index_add(0, bag, counted).clamp(min=1).unsqueeze(-1)
-    return Dense(total), *[Zero] * (len(block.exact(node)) - 1)
+    counts = picked != padding
+    d = block.d(w)
+    # [P, picks] of one feature, or [P, picks, M]
+    rows = (picked == d.index[:, :1]) * d.step[:, None] if isinstance(d, OneEntry) else dense(d)[:, picked]
+    if mode == 2:
+        base = block.exact(w)[picked].double()
+        base = base[:, d.index[:, 1]].T if isinstance(d, OneEntry) else base.unsqueeze(0)
+        total = _maxima(base + rows, counts, bag, shape[0]) - _maxima(base, counts, bag, shape[0])
+    else:
+        factor = counts.to(rows.dtype) if weights is None else counts * block.exact(weights).to(rows.dtype)
+        rows = rows * factor.reshape(-1, *[1] * (rows.dim() - 2))
+        total = rows.new_zeros((len(rows), shape[0], *rows.shape[2:])).index_add(1, bag, rows)
+        if mode == 1:
+            sizes = rows.new_zeros(shape[0]).index_add(0, bag, counts.to(rows.dtype)).clamp(min=1)
+            total = total / sizes.reshape(-1, *[1] * (rows.dim() - 2))
+    values = total.to(block.dtype)
+    carrier = OneChannel(shape, 1, d.index[:, 1], values) if isinstance(d, OneEntry) else Dense(values)
+    return carrier, *[Zero] * (len(block.exact(node)) - 1)
+
+
+def _maxima(rows: Tensor, counts: Tensor, bag: Tensor, bags: int) -> Tensor:
+    """The maximum of each bag over the rows [P, picks, ...] that count; 0 for an empty bag."""
+    rows = rows.masked_fill(~counts.reshape(-1, *[1] * (rows.dim() - 2)), -torch.inf)
+    at = bag.reshape(-1, *[1] * (rows.dim() - 2)).expand(rows.shape)
+    found = rows.new_full((len(rows), bags, *rows.shape[2:]), -torch.inf).scatter_reduce(1, at, rows, "amax")
+    return torch.where(found == -torch.inf, 0.0, found)
