@@ -603,6 +603,19 @@ fn("bool-mask-constant", lambda h, g: h[:, torch.arange(8) % 2 == 0] * g[:, torc
 fn("slicing", lambda h, g: h[:, 1:7:2] * g[1:3, -3:].sum(0) + h[..., None, 2])
 fn("index-put", lambda h, g: torch.index_put(h, (torch.tensor([0, 1]), torch.tensor([2, 3])), g[0, :2] * 2).square())
 fn("in-place-slice", lambda h, g: _in_place(h, g))
+
+
+def _assigned(h: Tensor, where: Any, value: Tensor) -> Tensor:
+    out = h.clone()
+    out[where] = value
+    return out.square()
+
+
+# torch.vmap fails where an end of a slice is negative or open
+fn("slice-assign-between", lambda h, g: _assigned(h, (slice(None), slice(1, -1)), g[:, 2:] * 2))
+fn("slice-assign-from", lambda h, g: _assigned(h, (slice(None), slice(5, None)), g[:, :3] * 2))
+fn("slice-assign-rows", lambda h, g: _assigned(h, slice(-2, None), g[:2] * 2))
+fn("select-assign", lambda h, g: _assigned(h, (slice(None), -1), g[:, 0] * 2))
 fn("scatter-add", lambda h, g: h.scatter_add(1, torch.tensor(_INDEX), g[:, :3]).square())
 fn("scatter-src", lambda h, g: h.scatter(1, torch.tensor([[0, 3], [7, 1], [2, 5], [4, 6]]), g[:, :2]).square())
 fn("index-add", lambda h, g: h.index_add(1, torch.tensor([0, 0, 5]), g[:, :3]).square())
