@@ -74,10 +74,11 @@ def schedule(suffix: Sequence[fx.Node], loss: fx.Node, patterns: Sequence[Patter
         for node in step.nodes:
             for source in node.all_input_nodes:
                 last[source] = i
-    return tuple(
-        replace(step, frees=tuple(s for s, k in last.items() if k == i and s is not loss))
-        for i, step in enumerate(steps)
-    )
+    frees: list[list[fx.Node]] = [[] for _ in steps]
+    for source, i in last.items():
+        if source is not loss:
+            frees[i].append(source)
+    return tuple(replace(step, frees=tuple(nodes)) for step, nodes in zip(steps, frees, strict=True))
 
 
 def _step(node: fx.Node, found: tuple[Pattern, Region] | None, loss: fx.Node, patterns: Sequence[Pattern]) -> Step:
